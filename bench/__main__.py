@@ -1,0 +1,70 @@
+"""The engine against its peers on generated sites: `python -m bench`.
+
+All runs of one comparison are interleaved, and what is printed are ratios of medians: on a
+noisy machine seconds mean little. Each site's pages hold six prose and six code cells and
+one figure, and import torch, matplotlib and a small local package.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from .measure import Cold, build, memory, page_size, serve_edits
+from .sites import make_site
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        root = Path(folder)
+        for pages, bounds in ((8, (None, None)), (32, (0.08, 0.9))):
+            peers = ("forward-pass", "mkdocs-jupyter", "markdown-exec")
+            sites = {peer: make_site(root / f"{peer}-{pages}", peer, pages) for peer in peers}
+            times = interleaved({peer: Cold(site) for peer, site in sites.items()}, rounds)
+            ours = times["forward-pass"]
+            print(f"   ({', '.join(f'{peer} {t:.1f} s' for peer, t in times.items())})")
+            for peer, bound in zip(peers[1:], bounds, strict=True):
+                tell(f"cold, {pages} pages, against {peer}", ours / times[peer], bound)
+
+        small, large = (make_site(root / f"own-{n}", "forward-pass", n) for n in (32, 128))
+        times = interleaved({32: Cold(small), 128: Cold(large)}, rounds)
+        tell("cold, 128 pages against 32", times[128] / times[32], 4.3)
+
+        bare = make_site(root / "bare", "none", 0)
+        (bare / "docs").symlink_to(small / "build/pages")
+        runs = {"ours": lambda: build(small), "bare": lambda: build(bare)}
+        times = interleaved(runs, max(5, rounds))
+        tell("no change, 32 pages, against MkDocs alone", times["ours"] / times["bare"], 1.15)
+
+        edits = interleaved_edits(small, bare)
+        tell("a code edit under serve, seconds above MkDocs alone", edits, 0.4)
+        tell("peak memory with 2 workers, summed PSS in MB", memory(small), 450)
+        tell("HTML of a notebook page, KB", page_size(small) / 1000, 60)
+
+
+def interleaved(runs: dict, rounds: int) -> dict:
+    """The median seconds of each, over rounds that run all of them in turn."""
+    times: dict = {name: [] for name in runs}
+    for number in range(rounds):
+        for name, run in runs.items():
+            times[name].append(run())
+            print(f"   round {number + 1}: {name} {times[name][-1]:.2f} s", flush=True)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def interleaved_edits(ours: Path, bare: Path) -> float:
+    with serve_edits(ours, "*.ipynb") as edit_ours, serve_edits(bare, "*.md") as edit_bare:
+        differences = [edit_ours() - edit_bare() for _ in range(9)]
+    return statistics.median(differences)
+
+
+def tell(what: str, value: float, bound: float | None) -> None:
+    verdict = "" if bound is None else f"  (at most {bound}: {'yes' if value <= bound else 'NO'})"
+    print(f"{what}: {value:.3g}{verdict}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

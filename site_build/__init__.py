@@ -1,0 +1,16 @@
+"""The page engine: runs the pages' cells and writes plain Markdown for MkDocs to publish.
+
+pages.py        reads a .md or .ipynb source into prose and cells
+options.py      typed options, from mkdocs.yml
+engine.py       decides what runs, gates what may be published, writes the report
+cache.py        results on disk, and when one is still valid
+forkserver.py   runs pages in forked children (Linux)
+kernels.py      runs pages in Jupyter kernels (anywhere)
+shell.py        runs one page's cells inside such a child
+recorder.py     inside the page's process: what it used, asserted and warned about
+opens.py        sees the files that native code opens (Linux)
+render.py       cells and outputs to Markdown and image files
+publish.py      the lock, and the swap of a finished site
+plugin.py       the thin MkDocs plugin
+__main__.py     the stages without MkDocs
+"""

@@ -1,0 +1,368 @@
+"""Decides which pages run, gates what may be published, renders, and writes the report."""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from .cache import Cache, Present, code_hash, environment, write_atomically
+from .options import Options
+from .pages import Page, SourceError, read_page
+from .render import RenderError, Site, executed_notebook, normalize, render
+
+WALL_PER_CPU = 10  # a page's wall-clock limit, in budgets of CPU seconds
+NOTHING = {
+    "uses": {}, "versions": {}, "outputs": [], "warnings": [], "assertions": 0,
+    "seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mb": 0.0,
+}  # fmt: skip
+
+
+class BuildFailed(Exception):
+    """All that keeps the site from being published, a line each."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__(f"{len(problems)} problem(s):\n" + "\n".join(f"  {p}" for p in problems))
+        self.problems = problems
+
+
+@cache
+def distributions() -> dict[str, list[str]]:
+    """Top-level package: the distributions that bring it."""
+    return importlib.metadata.packages_distributions()
+
+
+def installed() -> set[tuple[str, str]]:
+    return {(d.name, d.version) for d in importlib.metadata.distributions()}
+
+
+@dataclass
+class Run:
+    page: Page
+    code: str
+    future: Future
+
+
+class Engine:
+    """One project's pages, from sources to plain Markdown in `output`.
+
+    `wake` is called when a run ends that nobody waits for, as happens under `serve`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        source: Path,
+        options: Options,
+        output: Path | None = None,
+        log: Callable[[str], None] = print,
+        wake: Callable[[], None] = lambda: None,
+    ):
+        self.root, self.source = root.resolve(), source.resolve()
+        self.options, self.log, self.wake = options, log, wake
+        self.folder = self.root / options.build
+        self.output = output or self.folder / "pages"
+        self.cache = Cache(self.folder / "cache")
+        self.present = Present(self.root)
+        self.entries: dict[str, dict] = {}  # page: what its run gave, be it an error
+        self.runs: dict[str, Run] = {}
+        self.suffixes: dict[str, str] = {}
+        self.runner = None
+        self.ids = itertools.count()
+        self.attending, self.lock = False, threading.Lock()
+        ours = ("cache", "pages", "report.json", "scratch", "lock")
+        self.ignore = [str(self.folder / name) for name in ours]
+        self.ignore += [str(self.root / name) for name in (".git/", "site/", ".site.")]
+        self.ignore += [os.path.join(prefix, "") for prefix in (sys.prefix, sys.base_prefix)]
+
+    # The two ways to use it
+
+    def build(self, write: bool = True) -> None:
+        """Execute what must be executed, then write all pages, or raise BuildFailed."""
+        try:
+            pages, problems = self.update(None)
+        finally:
+            self.close()
+        files, more = self.render(pages)
+        problems += more
+        self.report(pages, problems)
+        if problems:
+            raise BuildFailed(problems)
+        if write:
+            self.write(files)
+
+    def refresh(self, seconds: float) -> None:
+        """Write all pages as they stand after `seconds`; a bad one shows what is wrong."""
+        pages, problems = self.update(seconds)
+        for run in self.runs.values():
+            self.log(f"{run.page.source} is executing; it fills in when it is done")
+        files, more = self.render(pages)
+        for problem in problems + more:
+            self.log(problem)
+            show_problem(files, problem)
+        self.write(files)
+
+    def update(self, seconds: float | None) -> tuple[list[Page], list[str]]:
+        """Run what must run, waiting at most `seconds`; the pages, and what is wrong."""
+        pages, problems = self.scan()
+        self.present = Present(self.root)
+        self.attending = True
+        self.collect()
+        fresh = [page.source for page in pages if page.cells and self.submit_stale(page)]
+        self.attend(fresh, seconds)
+        with self.lock:
+            self.attending = False
+            self.collect()
+        for page in pages:
+            problems += self.problems(page)
+        return pages, problems
+
+    def close(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
+            self.runner = None
+
+    # Reading
+
+    def scan(self) -> tuple[list[Page], list[str]]:
+        """All pages, and what is wrong in the sources of those that can't be read."""
+        pages, problems, seen = [], [], {}
+        for path in sorted([*self.source.rglob("*.md"), *self.source.rglob("*.ipynb")]):
+            source = path.relative_to(self.source).as_posix()
+            if any(part.startswith(".") for part in source.split("/")):
+                continue
+            twin = seen.setdefault(source.rpartition(".")[0], source)
+            if twin != source:
+                problems.append(f"{source}: {twin} is there too: one page, one source")
+            try:
+                pages.append(read_page(self.source, source))
+            except SourceError as error:
+                problems.append(str(error))
+        return pages, problems
+
+    def budget(self, page: Page) -> float:
+        study = page.meta.get("study", False)
+        default = self.options.study_cpu_seconds if study else self.options.cpu_seconds
+        return page.meta.get("cpu_seconds", default)
+
+    # Running
+
+    def submit_stale(self, page: Page) -> bool:
+        """Start the page unless its last result holds or it is running as it is."""
+        entry = self.entries.get(page.source) or self.cache.read(page)
+        if entry and self.present.holds(page, entry):
+            self.entries[page.source] = entry
+            return False
+        self.entries.pop(page.source, None)
+        running = self.runs.get(page.source)
+        if running and running.code == code_hash(page):
+            return False
+        if running:
+            self.runner.cancel(running.future.job)
+        future = self.submit(page)
+        self.runs[page.source] = Run(page, code_hash(page), future)
+        future.add_done_callback(self.ended)
+        return True
+
+    def submit(self, page: Page) -> Future:
+        if self.runner and self.packages != installed():
+            self.close()  # it holds the packages as they were when it started
+            distributions.cache_clear()
+        self.warm_up()
+        job = {
+            "id": next(self.ids),
+            "page": page.source,
+            "root": str(self.root),
+            "ignore": self.ignore,
+            "threads": page.meta.get("threads", 1),
+            "timeout": WALL_PER_CPU * self.budget(page),
+            "cells": [cell.code for cell in page.cells],
+        }
+        future = self.runner.submit(job)
+        future.job = job["id"]
+        return future
+
+    def warm_up(self) -> None:
+        """Have the pages' processes ready; returns at once."""
+        if self.runner is None:
+            self.packages = installed()
+            workers, scratch = self.options.workers, self.folder / "scratch"
+            scratch.mkdir(parents=True, exist_ok=True)
+            if self.options.forks:
+                from .forkserver import ForkServer
+
+                self.runner = ForkServer(workers, self.options.preload, scratch)
+            else:
+                from .kernels import Kernels
+
+                self.runner = Kernels(workers, scratch)
+
+    def attend(self, sources: list[str], seconds: float | None) -> None:
+        """Wait for these pages, telling what runs and how many are left."""
+        if not sources:
+            return
+        started, total = time.monotonic(), len(sources)
+        self.log(f"executing {total} pages, {min(self.options.workers, total)} at a time")
+        distributions()  # takes a moment; the pages' processes are starting meanwhile
+        while waiting := [self.runs[source] for source in sources if source in self.runs]:
+            passed = time.monotonic() - started
+            if seconds is not None and passed >= seconds:
+                break
+            patience = 10 if seconds is None else min(10, seconds - passed)
+            done, _ = wait([r.future for r in waiting], patience, FIRST_COMPLETED)
+            passed = time.monotonic() - started
+            for page in self.collect():
+                left = sum(source in self.runs for source in sources)
+                entry = self.entries[page.source]
+                failed = "FAILED, " if entry["error"] else ""
+                self.log(
+                    f"{passed:5.1f} s  {page.source}: {failed}{len(page.cells)} cells "
+                    f"in {entry['seconds']:.1f} s; {left} of {total} left"
+                )
+            if not done:
+                names = ", ".join(r.page.source for r in waiting[: self.options.workers])
+                self.log(f"{passed:5.1f} s  running {names}; {len(waiting)} of {total} left")
+
+    def collect(self) -> list[Page]:
+        """Take in the runs that have ended."""
+        ended = [run for run in self.runs.values() if run.future.done()]
+        for run in ended:
+            del self.runs[run.page.source]
+            self.entries[run.page.source] = self.accept(run.page, run.future.result())
+        return [run.page for run in ended]
+
+    def ended(self, future: Future) -> None:
+        with self.lock:
+            if not self.attending:
+                self.wake()
+
+    def accept(self, page: Page, result: dict) -> dict:
+        """A run's entry, written to the cache unless the page failed."""
+        entry = {"code": code_hash(page), "environment": environment(), "executed": True}
+        if "died" in result:
+            error = {"cell": result["cell"], "line": 1, "message": result["died"]}
+            return entry | NOTHING | {"error": error}
+        record = result["record"]
+        packages = {d for name in record.pop("imports") for d in distributions().get(name, [])}
+        outputs = [normalize(cell, str(self.root)) for cell in result["outputs"]]
+        proofs = sum("proof" in output for cell in outputs for output in cell)
+        entry |= record | {
+            "versions": {name: self.present.version(name) for name in sorted(packages)},
+            "outputs": outputs,
+            "assertions": len(record["assertions"]) + proofs,
+        }
+        if not entry["error"] and entry["cpu_seconds"] <= self.budget(page):
+            self.cache.write(page, entry | {"executed": False})
+        return entry
+
+    # Gates
+
+    def problems(self, page: Page) -> list[str]:
+        """What keeps the page's run from being published."""
+        entry = self.entries.get(page.source)
+        if entry is None or not page.cells:
+            return []
+
+        if error := entry["error"]:
+            return [self.at(page, error["cell"], error["line"], error["message"])]
+        found = [self.at(page, w["cell"], w["line"], w["message"]) for w in entry["warnings"]]
+        if not entry["assertions"]:
+            found.append(self.at(page, 0, 0, f"its {len(page.cells)} cells assert nothing"))
+        if entry["cpu_seconds"] > self.budget(page):
+            used, budget = entry["cpu_seconds"], self.budget(page)
+            found.append(
+                self.at(page, 0, 0, f"{used:.1f} CPU seconds, over its budget of {budget:g}")
+            )
+        return found
+
+    def at(self, page: Page, cell: int, line: int, message: str) -> str:
+        """A problem with its place; `line` counts from the cell's first."""
+        if not cell:
+            return f"{page.source}: {message}"
+        return f"{page.source}: cell {cell}, line {page.cells[cell - 1].line + line - 1}: {message}"
+
+    # Writing
+
+    def render(self, pages: list[Page]) -> tuple[dict[str, bytes], list[str]]:
+        """All files of the plain Markdown tree, and what can't be rendered."""
+        site = Site(self.root, self.suffixes, self.proofs(pages))
+        self.suffixes.clear()
+        for page in pages:
+            classic = page.meta.get("notebook", self.options.notebooks) == "classic"
+            classic = classic and page.notebook is not None and page.source in self.entries
+            self.suffixes[page.stem] = "ipynb" if classic else "md"
+        problems = []
+        for page in pages:
+            entry, suffix = self.entries.get(page.source), self.suffixes[page.stem]
+            try:
+                text = render(page, entry, site)
+                if suffix == "ipynb":
+                    text = executed_notebook(page, entry)
+            except RenderError as error:
+                problems.append(self.at(page, error.cell, 1, str(error)))
+                text = page.front_matter
+            site.files[f"{page.stem}.{suffix}"] = text.encode()
+        for path in self.source.rglob("*"):
+            if path.is_file() and path.suffix not in (".md", ".ipynb"):
+                site.files[path.relative_to(self.source).as_posix()] = path.read_bytes()
+        return site.files, problems
+
+    def write(self, files: dict[str, bytes]) -> None:
+        """Make the output folder hold just these files; those that are right stay untouched."""
+        for name, data in files.items():
+            path = self.output / name
+            if not path.is_file() or path.read_bytes() != data:
+                write_atomically(path, data)
+        for path in sorted(self.output.rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.output).as_posix() not in files:
+                path.unlink()
+
+    def proofs(self, pages: list[Page]) -> list[dict]:
+        proofs = []
+        for page in pages:
+            module = f"snippets/{page.stem}.py"
+            about = {
+                "page": page.source,
+                "module": module if (self.root / module).is_file() else None,
+            }
+            outputs = self.entries.get(page.source, NOTHING)["outputs"]
+            found = (output.get("proof", {}) for cell in outputs for output in cell)
+            proofs += [about | proof for proof in found if "oracle" in proof]
+        return proofs
+
+    def report(self, pages: list[Page], problems: list[str]) -> None:
+        """build/report.json: what each page did, and all proofs."""
+        listed = []
+        for page in pages:
+            entry = {"executed": False} | NOTHING | self.entries.get(page.source, {})
+            measured = ("assertions", "executed", "seconds", "cpu_seconds", "peak_memory_mb")
+            error = "\n".join(p for p in problems if p.startswith(f"{page.source}:"))
+            listed.append(
+                {"source": page.source, "cells": len(page.cells)}
+                | {key: entry[key] for key in (*measured, "versions")}
+                | {"files": [f for f, state in entry["uses"].items() if state != "absent"]}
+                | {"error": error or None}
+            )
+        report = {"pages": listed, "proofs": self.proofs(pages), "errors": problems}
+        data = json.dumps(report, indent=1, ensure_ascii=False).encode()
+        write_atomically(self.folder / "report.json", data)
+
+
+def show_problem(files: dict[str, bytes], problem: str) -> None:
+    """Put a problem at the head of its page, below the metadata."""
+    source, _, message = problem.partition(":")
+    name = f"{source.rpartition('.')[0]}.md"
+    text = files.get(name, b"").decode()
+    end = text.find("\n---", 3) + 5 if text.startswith("---\n") else 0
+    box = f'\n!!! failure "This page would fail the build"\n\n    {message.strip()}\n\n'
+    files[name] = (text[:end] + box + text[end:]).encode()

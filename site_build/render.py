@@ -1,0 +1,248 @@
+"""Turns a page's parts and the outputs of its cells into Markdown and image files."""
+
+import base64
+import hashlib
+import html
+import json
+import posixpath
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .pages import Cell, Page, fence_info
+
+PROOF = "application/vnd.forward-pass.proof+json"
+SHOW = re.compile(r"^(?P<indent>[ \t]*)<!-- show: *(?P<what>.*?) *-->[ \t]*$", re.MULTILINE)
+LINK = re.compile(r"(\]\()([^)\s#]+)\.(ipynb|md)(?=[)#\s])")
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+ADDRESS = re.compile(r"(?<= at )0x[0-9a-f]{6,16}\b")
+RICH = {
+    "image/png": "png",
+    "image/svg+xml": "svg",
+    "text/markdown": "markdown",
+    "text/html": "html",
+    "text/latex": "markdown",
+    "text/plain": "text",
+}
+
+
+class RenderError(ValueError):
+    """A page that can't be shown as it is: a figure without alt text, say."""
+
+    def __init__(self, cell: int, message: str):
+        super().__init__(message)
+        self.cell = cell
+
+
+@dataclass
+class Site:
+    """What a page may show besides its own cells."""
+
+    root: Path
+    suffixes: dict[str, str]  # page without suffix: the one it is published with
+    proofs: list[dict]
+    files: dict[str, bytes] = field(default_factory=dict)  # to be written beside the pages
+
+
+def normalize(outputs: list[dict], root: str) -> list[dict]:
+    """A cell's notebook outputs, without what differs between machines and runs."""
+
+    def clean(text) -> str:
+        text = ANSI.sub("", "".join(text)).replace(root + "/", "").replace(root, ".")
+        text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+        return ADDRESS.sub("0x…", text)
+
+    normal = []
+    for output in outputs:
+        if output["output_type"] == "stream":
+            normal.append({"kind": output["name"], "data": clean(output["text"])})
+        elif data := output.get("data"):
+            mime = next((mime for mime in RICH if mime in data), None)
+            if PROOF in data:
+                proof = {"kind": "proof", "data": clean(data["text/plain"]), "proof": data[PROOF]}
+                normal.append(proof)
+            elif mime:
+                size = (output.get("metadata") or {}).get(mime, {})
+                text = "".join(data[mime])
+                text = text.replace("\n", "") if mime == "image/png" else clean(text)
+                normal.append({"kind": RICH[mime], "data": text, "mime": mime} | dict(size))
+    return normal
+
+
+def render(page: Page, entry: dict | None, site: Site) -> str:
+    """The page's Markdown. `entry` is its run; None while it has not run."""
+    outputs = entry["outputs"] if entry else []
+    error = (entry or {}).get("error")
+    text = [page.front_matter]
+    if page.cells and entry is None:
+        text.append(
+            '\n!!! info "Not executed yet"\n\n    Outputs appear here when the cells ran.\n\n'
+        )
+    for part in page.parts:
+        if isinstance(part, str):
+            text.append(render_prose(part, page, site))
+            continue
+        shown = outputs[part.number - 1] if part.number <= len(outputs) else []
+        blocks = render_cell(part, shown, page, site)
+        if error and error["cell"] == part.number:
+            trace = error.get("traceback") or error["message"]
+            blocks.append(
+                '!!! failure "This cell failed"\n\n' + indent(fence(trace, "pytb"), "    ")
+            )
+        text.append("\n\n" + indent("\n\n".join(blocks), part.indent) + "\n\n")
+    return re.sub(r"\n{3,}", "\n\n", "".join(text)) if page.cells else "".join(text)
+
+
+def render_cell(cell: Cell, outputs: list[dict], page: Page, site: Site) -> list[str]:
+    hide = cell.options.get("hide", "")
+    blocks = []
+    if hide not in ("source", "all"):
+        blocks.append(fence(cell.code, fence_info("python", cell.options), bare=True))
+    figures = [output for output in outputs if output["kind"] in ("png", "svg")]
+    if hide in ("output", "all"):
+        return blocks
+    if figures and "alt" not in cell.options:
+        raise RenderError(cell.number, 'a figure without alt text: add alt="…"')
+    if len(figures) > 1:
+        raise RenderError(cell.number, f"{len(figures)} figures, one alt text: split the cell")
+    for output in outputs:
+        blocks += render_output(output, cell, page, site)
+    return blocks
+
+
+def render_output(output: dict, cell: Cell, page: Page, site: Site) -> list[str]:
+    kind, data = output["kind"], output["data"]
+    if (kind == "stderr" and "stderr" not in cell.options) or not data.strip():
+        return []
+    if kind in ("png", "svg"):
+        return render_figure(output, cell, page, site)
+    if kind == "markdown":
+        return [data.strip()]
+    if kind == "html":
+        data = re.sub(r"<style.*?</style>", "", data, flags=re.DOTALL)
+        data = re.sub(r"\n\s*", "", data)  # one line: Markdown must not look inside
+        return [
+            f'<div class="output table" tabindex="0" role="region" aria-label="Table">{data}</div>'
+        ]
+    return [fence(data.rstrip(), "proof" if kind == "proof" else "text")]
+
+
+def render_figure(output: dict, cell: Cell, page: Page, site: Site) -> list[str]:
+    kind = output["kind"]
+    raw = base64.b64decode(output["data"]) if kind == "png" else output["data"].encode()
+    name = f"{Path(page.stem).name}-{cell.number}-{hashlib.sha256(raw).hexdigest()[:10]}.{kind}"
+    site.files[str(Path(page.source).with_name(name))] = raw
+    width, height = (output.get(side) for side in ("width", "height"))
+    if not width:
+        width, height = png_size(raw) if kind == "png" else svg_size(output["data"])
+    alt = re.sub(r'[\[\]"]', "", cell.options["alt"])
+    size = f'width="{width}" height="{height}"'
+    image = f"![{alt}]({name}){{ .output .figure {size} loading=lazy }}"
+    caption = cell.options.get("caption")
+    return [image, f"{caption}\n{{ .caption }}"] if caption else [image]
+
+
+def png_size(raw: bytes) -> tuple[int, int]:
+    return struct.unpack(">II", raw[16:24])
+
+
+def svg_size(text: str) -> tuple[str, str]:
+    opening = text[text.index("<svg") :].partition(">")[0]
+    sides = (re.search(rf'\b{side}="([\d.]+)', opening) for side in ("width", "height"))
+    return tuple(side[1] if side else "auto" for side in sides)
+
+
+def fence(text: str, kind: str, bare: bool = False) -> str:
+    """A fenced block with more ticks than any run of them in it; an output's unless `bare`."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    if not bare:
+        extra = " .proof" if kind == "proof" else ""
+        kind = f" {{ .{'text' if extra else kind} .output{extra} .no-copy }}"
+    return f"{ticks}{kind}\n{text}\n{ticks}"
+
+
+def indent(text: str, by: str) -> str:
+    return "\n".join(by + line if line.strip() else "" for line in text.split("\n"))
+
+
+def render_prose(text: str, page: Page, site: Site) -> str:
+    def link(match: re.Match) -> str:
+        """Links name sources; a notebook may be published as Markdown."""
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(page.source), match[2]))
+        published = site.suffixes.get(target, match[3])
+        return f"{match[1]}{match[2]}.{published}"
+
+    def show(match: re.Match) -> str:
+        return indent(render_show(match["what"], page, site), match["indent"])
+
+    return SHOW.sub(show, LINK.sub(link, text))
+
+
+def render_show(what: str, page: Page, site: Site) -> str:
+    """`<!-- show: proofs -->`, or a module by its path: `<!-- show: snippets/… -->`."""
+    if what == "proofs":
+        return proofs_table(page, site)
+    path = site.root / what
+    if not path.is_file() or path.suffix != ".py":
+        raise RenderError(0, f"show: there is no module {what}")
+    up = "../" * page.source.count("/")
+    test = test_of(what)
+    site.files[what] = path.read_bytes()
+    links = [f"[Source]({up}{what})"]
+    if (site.root / test).is_file():
+        site.files[test] = (site.root / test).read_bytes()
+        links.append(f"[Test]({up}{test})")
+    code = path.read_text("utf-8").rstrip()
+    return (
+        fence(code, f'python title="{what}"', bare=True)
+        + f"\n\n{' · '.join(links)}\n{{ .module-links }}"
+    )
+
+
+def test_of(module: str) -> str:
+    folder, _, name = module.removeprefix("snippets/").rpartition("/")
+    return "/".join(filter(None, ["tests", folder, f"test_{name}"]))
+
+
+def proofs_table(page: Page, site: Site) -> str:
+    up = "../" * page.source.count("/")
+    rows = [
+        "| Page | Module | Oracle | Configuration | Largest difference | Tolerance | Effect |",
+        "|---|---|---|---|--:|--:|--:|",
+    ]
+    for proof in site.proofs:
+        source = proof["page"]
+        stem = source.rpartition(".")[0]
+        config = ", ".join(f"{key}={value}" for key, value in proof["config"].items())
+        cells = [
+            f"[{stem}]({up}{stem}.{site.suffixes.get(stem, 'md')})",
+            f"`{proof['module']}`" if proof["module"] else "–",
+            f"{proof['oracle']} {proof['version']}",
+            html.escape(config).replace("|", "\\|") or "–",
+            *(f"{proof[key]:.2g}" for key in ("difference", "tolerance", "effect")),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def executed_notebook(page: Page, entry: dict) -> str:
+    """The notebook with the outputs of this run, for mkdocs-jupyter."""
+    notebook = page.notebook
+    runs = iter(entry["outputs"])
+    numbers = {id(cell): n for n, cell in enumerate(notebook["cells"])}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        ran = "".join(cell["source"]).strip() and "#| no-run" not in "".join(cell["source"])
+        cell["execution_count"] = None
+        cell["id"] = cell.get("id", f"cell-{numbers[id(cell)]}")
+        cell["outputs"] = [notebook_output(o) for o in (next(runs) if ran else [])]
+    return json.dumps(notebook, indent=1, ensure_ascii=False)
+
+
+def notebook_output(output: dict) -> dict:
+    if output["kind"] in ("stdout", "stderr"):
+        return {"output_type": "stream", "name": output["kind"], "text": output["data"]}
+    data = {output.get("mime", "text/plain"): output["data"]}
+    return {"output_type": "display_data", "data": data, "metadata": {}}

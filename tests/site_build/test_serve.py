@@ -1,0 +1,123 @@
+"""Plain `mkdocs serve`: pages at once, one rebuild an edit, errors on their page."""
+
+import re
+import socket
+import time
+import urllib.request
+
+import pytest
+
+GOOD = "from snippets.value import value\nprint('value', value())\nassert value() > 0"
+
+
+class Server:
+    def __init__(self, project):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = project.root / "serve.log"
+        command = ["-u", "-m", "mkdocs", "serve", "-a", f"127.0.0.1:{self.port}"]
+        import os
+        import subprocess
+        import sys
+
+        self.process = subprocess.Popen(
+            [sys.executable, *command], cwd=project.root, stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT, env=os.environ,
+        )  # fmt: skip
+
+    def get(self, path: str) -> str:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=5) as page:
+                return page.read().decode()
+        except OSError:
+            return ""
+
+    def wait_for(self, path: str, text: str, seconds: float = 30) -> str:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if text in (page := self.get(path)):
+                return page
+            time.sleep(0.1)
+        raise AssertionError(f"no {text!r} at {path!r}:\n{self.log.read_text()}")
+
+    def rebuilds(self) -> int:
+        return len(re.findall("Building documentation", self.log.read_text()))
+
+
+@pytest.fixture
+def serve(project):
+    servers = []
+
+    def start() -> Server:
+        servers.append(Server(project))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.process.terminate()
+        server.process.wait(timeout=20)
+
+
+def test_an_edited_cell_shows_after_exactly_one_rebuild(project, serve):
+    project.page("a.md", GOOD)
+    project.page("b.md", GOOD)
+    project.build()
+    server = serve()
+    server.wait_for("a/", "value 1")
+    before = server.rebuilds()
+    project.edit("site_src/a.md", "'value'", "'worth'")
+    server.wait_for("a/", "worth 1")
+    time.sleep(20)
+    assert server.rebuilds() == before + 1
+    assert server.log.read_text().count("executing 1 pages") == 1
+
+
+def test_pages_are_there_at_once_and_fill_in(project, serve):
+    go = project.root / "go"
+    wait = f"import os, time\nend = time.time() + 30\nwhile not os.path.exists('{go}') and time.time() < end: time.sleep(.05)\n"
+    project.page("slow.md", wait + GOOD)
+    project.page("prose.md")
+    server = serve()
+    page = server.wait_for("slow/", "Not executed yet")
+    assert "value 1" not in page
+    go.touch()
+    assert "Not executed yet" not in server.wait_for("slow/", "value 1")
+
+
+def test_a_failing_cell_shows_its_error_and_serving_goes_on(project, serve):
+    project.page("a.md", GOOD)
+    project.page("b.md", GOOD)
+    server = serve()
+    server.wait_for("a/", "value 1")
+    project.page("a.md", GOOD, "1 / 0")
+    page = server.wait_for("a/", "ZeroDivisionError: division by zero")
+    assert "value 1" in page and "This cell failed" in page
+    server.wait_for("b/", "value 1")
+    project.page("a.md", GOOD, "print('mended')")
+    server.wait_for("a/", "mended")
+
+
+def test_an_edited_module_or_data_file_shows(project, serve):
+    project.write("data/number.txt", "17")
+    project.page("a.md", GOOD + "\nprint('data', open('data/number.txt').read())")
+    server = serve()
+    server.wait_for("a/", "data 17")
+    project.edit("snippets/value.py", "1", "2")
+    server.wait_for("a/", "value 2")
+    project.write("data/number.txt", "18")
+    server.wait_for("a/", "data 18")
+
+
+def test_a_build_beside_a_serve(project, serve):
+    project.page("a.md", GOOD)
+    server = serve()
+    server.wait_for("a/", "value 1")
+    project.page("a.md", GOOD, "1 / 0")
+    server.wait_for("a/", "ZeroDivisionError")
+    code, output = project.mkdocs("build")
+    assert code == 1 and "ZeroDivisionError" in output
+    project.page("a.md", GOOD, "print('fine')")
+    assert project.mkdocs("build")[0] == 0
+    assert b"fine" in project.site()["a/index.html"]
+    server.wait_for("a/", "fine")
