@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 
 PLUGIN = "forward-pass"
+LINUX = sys.platform.startswith("linux")
+CHOICES = {"backend": ("auto", "fork", "kernel"), "notebooks": ("native", "classic")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,24 +28,17 @@ class Options:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            name, value = field.name, getattr(self, field.name)
             allowed = (int, float) if field.type is float else field.type
             if not isinstance(value, allowed) or isinstance(value, bool):
                 kind = field.type.__name__
-                raise ValueError(f"{PLUGIN}: {field.name} must be of type {kind}, not {value!r}")
-        for name, choices in (
-            ("backend", ("auto", "fork", "kernel")),
-            ("notebooks", ("native", "classic")),
-        ):
-            if getattr(self, name) not in choices:
-                allowed = ", ".join(choices)
-                raise ValueError(
-                    f"{PLUGIN}: {name} must be one of {allowed}, not {getattr(self, name)!r}"
-                )
-        for name in ("workers", "cpu_seconds", "study_cpu_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{PLUGIN}: {name} must be above 0, not {getattr(self, name)}")
-        if self.backend == "fork" and not sys.platform.startswith("linux"):
+                raise ValueError(f"{PLUGIN}: {name} must be of type {kind}, not {value!r}")
+            if name in CHOICES and value not in CHOICES[name]:
+                allowed = ", ".join(CHOICES[name])
+                raise ValueError(f"{PLUGIN}: {name} must be one of {allowed}, not {value!r}")
+            if field.type in (int, float) and value <= 0:
+                raise ValueError(f"{PLUGIN}: {name} must be above 0, not {value}")
+        if self.backend == "fork" and not LINUX:
             raise ValueError(f"{PLUGIN}: backend fork needs Linux; this is {sys.platform}")
 
     @classmethod
@@ -60,8 +55,7 @@ class Options:
 
     @property
     def forks(self) -> bool:
-        linux = sys.platform.startswith("linux")
-        return self.backend == "fork" or (self.backend == "auto" and linux)
+        return self.backend == "fork" or (self.backend == "auto" and LINUX)
 
 
 def read_mkdocs_yml(path: Path) -> tuple[Path, Options]:
@@ -72,9 +66,6 @@ def read_mkdocs_yml(path: Path) -> tuple[Path, Options]:
 
     Loader.add_multi_constructor("", lambda loader, suffix, node: None)
     config = yaml.load(path.read_text("utf-8"), Loader)
-    plugins = config.get("plugins") or {}
-    if isinstance(plugins, list):
-        plugins = {
-            k: v for p in plugins for k, v in (p if isinstance(p, dict) else {p: {}}).items()
-        }
-    return path.parent / config.get("docs_dir", "docs"), Options.of(plugins.get(PLUGIN))
+    plugins = config.get("plugins") or []
+    settings = [p[PLUGIN] for p in [plugins, *plugins] if isinstance(p, dict) and PLUGIN in p]
+    return path.parent / config.get("docs_dir", "docs"), Options.of(*settings or [None])

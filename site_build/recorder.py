@@ -8,7 +8,6 @@ import ctypes
 import gc
 import hashlib
 import importlib
-import importlib.util
 import os
 import resource
 import signal
@@ -21,7 +20,7 @@ from importlib.machinery import PathFinder, SourceFileLoader
 
 from .assertions import AssertionCounter
 
-# What each top-level package imported, written by `track_imports`: {importer: {imported}}.
+# What each top-level package imported, written by `prepare`: {importer: {imported}}.
 IMPORTED: dict[str, set[str]] = {}
 
 # The variables that native libraries read when they load.
@@ -44,7 +43,7 @@ def measure(path: str, listing: bool = False) -> str:
     """The state of a path that a page's result depends on."""
     try:
         if listing:
-            names = sorted(n for n in os.listdir(path) if not hidden(n))
+            names = sorted(n for n in os.listdir(path) if n[0] != "." and n != "__pycache__")
             return "list:" + hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]
         with open(path, "rb") as file:
             return "file:" + hashlib.file_digest(file, "sha256").hexdigest()[:32]
@@ -52,10 +51,6 @@ def measure(path: str, listing: bool = False) -> str:
         return "folder"
     except OSError:
         return "absent"
-
-
-def hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
 
 
 def prepare() -> None:
@@ -78,8 +73,7 @@ def prepare() -> None:
         note(sys._getframe(1).f_globals, name)
         return real_import_module(name, package)
 
-    builtins.__import__ = noting_import
-    importlib.import_module = noting_import_module
+    builtins.__import__, importlib.import_module = noting_import, noting_import_module
     sys.meta_path.insert(0, NativeReaders)
 
 
@@ -160,12 +154,7 @@ class Recorder:
 
     def _announce(self, name: str) -> None:
         real = getattr(os, name)
-
-        def announcing(path, *args, **kwargs):
-            self.used(path)
-            return real(path, *args, **kwargs)
-
-        setattr(os, name, announcing)
+        setattr(os, name, lambda path, *a, **k: (self.used(path), real(path, *a, **k))[1])
 
     def _audit(self, event: str, args: tuple) -> None:
         if event == "open":
@@ -189,22 +178,14 @@ class Recorder:
         return None
 
     def inside(self, path: str) -> bool:
-        return (
-            path.startswith(self.root + os.sep)
-            and not path.startswith(self.ignore)
-            and "__pycache__" not in path
-        )
+        ours = path.startswith(self.root + os.sep) and "__pycache__" not in path
+        return ours and not path.startswith(self.ignore)
 
     def used(self, path, *, writes: bool = False, listing: bool = False) -> str:
         """Note a path in the state it has now; returns that state."""
         if isinstance(path, int) or getattr(self.busy, "now", False):
             return ""
         path = os.path.abspath(os.fsdecode(path))
-        if path.endswith(".pyc"):
-            try:
-                path = importlib.util.source_from_cache(path)
-            except ValueError:
-                return ""
         if not self.inside(path) and not (listing and path == self.root):
             return ""
         key = os.path.relpath(path, self.root) + ("/" if listing else "")
@@ -225,7 +206,7 @@ class Recorder:
         self.shell.events.register("post_run_cell", self._after_cell)
         self.shell.compile.get_code_name = lambda *_: self.cell_name(self.cell)
         self.shell.ast_transformers.append(AssertionCounter(lambda: self.cell))
-        builtins.__asserted__ = self._asserted
+        builtins.__asserted__ = lambda *place: self.assertions.add(place)
         warnings.simplefilter("default")
         warnings.simplefilter("ignore", ResourceWarning)
         self.real_showwarning = warnings.showwarning
@@ -249,10 +230,9 @@ class Recorder:
 
     def _line_of(self, error: BaseException) -> int:
         """The line within the cell: of a syntax error, or the page's innermost frame."""
-        line = error.lineno or 1 if isinstance(error, SyntaxError) else 1
         here = self.cell_name(self.cell)
-        frames = traceback.extract_tb(error.__traceback__)
-        return next((f.lineno for f in reversed(frames) if f.filename == here), line)
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == here]
+        return (lines or [getattr(error, "lineno", None) or 1])[-1]
 
     def _traceback(self, error: BaseException) -> str:
         """As Python prints it, from the page's own frame on."""
@@ -260,9 +240,6 @@ class Recorder:
         while frames and not frames.tb_frame.f_code.co_filename.startswith(f"{self.page}, cell"):
             frames = frames.tb_next
         return "".join(traceback.format_exception(type(error), error, frames))
-
-    def _asserted(self, cell: int, line: int, column: int) -> None:
-        self.assertions.add((cell, line, column))
 
     def _warned(self, message, category, filename, lineno, file=None, line=None) -> None:
         text = f"{category.__name__}: {message}".strip().splitlines()[-1]

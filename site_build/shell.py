@@ -9,36 +9,20 @@ from traitlets.config import Config
 
 from . import recorder
 
-
-class Outputs(list):
-    """A cell's outputs in their order, as in a notebook file."""
-
-    def stream(self, name: str, text: str) -> None:
-        if self and self[-1].get("name") == name:
-            self[-1]["text"] += text
-        else:
-            self.append({"output_type": "stream", "name": name, "text": text})
-
-    def rich(self, kind: str, data: dict, metadata: dict) -> None:
-        self.append({"output_type": kind, "data": data, "metadata": metadata})
-
-
-OUTPUTS = Outputs()
+OUTPUTS: list[dict] = []  # of the running cell, in their order, as in a notebook file
 
 
 class Stream:
-    encoding, errors = "utf-8", "strict"
+    encoding = "utf-8"
 
     def __init__(self, name: str):
         self.name = name
 
     def write(self, text: str) -> int:
-        OUTPUTS.stream(self.name, text)
+        if not OUTPUTS or OUTPUTS[-1].get("name") != self.name:
+            OUTPUTS.append({"output_type": "stream", "name": self.name, "text": ""})
+        OUTPUTS[-1]["text"] += text
         return len(text)
-
-    def writelines(self, lines) -> None:
-        for line in lines:
-            self.write(line)
 
     def flush(self) -> None: ...
 
@@ -48,7 +32,8 @@ class Stream:
 
 class Publisher(DisplayPublisher):
     def publish(self, data, metadata=None, **_):
-        OUTPUTS.rich("display_data", data, metadata or {})
+        output = {"output_type": "display_data", "data": data, "metadata": metadata or {}}
+        OUTPUTS.append(output)
 
     def clear_output(self, wait=False):
         OUTPUTS.clear()
@@ -56,7 +41,7 @@ class Publisher(DisplayPublisher):
 
 class ResultHook(DisplayHook):
     def write_format_data(self, format_dict, md_dict=None):
-        OUTPUTS.rich("execute_result", format_dict, md_dict or {})
+        self.shell.display_pub.publish(format_dict, md_dict)
 
     def write_output_prompt(self): ...
 
@@ -64,36 +49,45 @@ class ResultHook(DisplayHook):
 
 
 class Shell(InteractiveShell):
-    def showtraceback(self, *args, **kwargs):
-        pass
+    def showtraceback(self, *args, **kwargs): ...  # the recorder keeps the error
 
-    def showsyntaxerror(self, *args, **kwargs):
-        pass
+    def showsyntaxerror(self, *args, **kwargs): ...
 
-    def enable_gui(self, gui=None):
-        pass
+    def enable_gui(self, gui=None): ...
 
 
 def make_shell() -> Shell:
     config = Config()
     config.HistoryManager.enabled = False  # it would start a thread: no fork after that
     shell = Shell.instance(config=config, display_pub_class=Publisher, displayhook_class=ResultHook)
-    shell.InteractiveTB.set_mode("Context")
+    recorder.set_figure_format(shell)
     return shell
 
 
-def run_page(job: dict, shell: Shell, starting_cell) -> dict:
+def warm_figures(shell: Shell) -> None:
+    """Draw once, so that no child pays for the first figure."""
+    from IPython.core.pylabtools import print_figure
+    from matplotlib import pyplot
+
+    shell.run_line_magic("matplotlib", "inline")
+    figure, axes = pyplot.subplots()
+    axes.plot([0, 1], label="$x$")
+    axes.legend()
+    print_figure(figure, bbox_inches=None)
+    pyplot.close(figure)
+
+
+def run_page(job: dict, starting_cell) -> dict:
     """Run the cells up to the first that fails; `starting_cell(number)` precedes each."""
+    shell = Shell.instance()
     record = recorder.start(job["page"], job["root"], job["ignore"], job["threads"])
-    streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Stream("stdout"), Stream("stderr")
     outputs = []
     for number, code in enumerate(job["cells"], start=1):
         starting_cell(number)
         OUTPUTS.clear()
-        result = shell.run_cell(code, store_history=False)
+        success = shell.run_cell(code, store_history=False).success
         outputs.append(list(OUTPUTS))
-        if not result.success:  # the recorder keeps the error
+        if not success:
             break
-    sys.stdout, sys.stderr = streams
     return {"outputs": outputs, "record": record.finish()}
