@@ -55,24 +55,31 @@ def serve_edits(site: Path, pattern: str):
         process = start(site, "serve", "-a", f"127.0.0.1:{port}", stdout=out, stderr=out)
     counter = itertools.count()
 
-    def rebuilds() -> list[str]:
-        return re.findall(r"Documentation built in ([\d.]+) seconds", log.read_text())
+    def count(text: str) -> int:
+        return log.read_text().count(text)
 
     def edit() -> float:
-        before = len(rebuilds())
+        """From MkDocs' noticing the edit to its telling the browsers."""
+        done = count("Reloading browsers")
+        noticed = count("Detected file changes")
         text = re.sub(r"'value\d*'", f"'value{next(counter)}'", page.read_text())
         page.write_text(text)
+        wait_until(lambda: count("Detected file changes") > noticed)
+        began = time.perf_counter()
+        wait_until(lambda: count("Reloading browsers") > done)
+        seconds = time.perf_counter() - began
+        time.sleep(0.7)
+        return seconds
+
+    def wait_until(condition) -> None:
         end = time.monotonic() + 60
-        while len(rebuilds()) == before:
+        while not condition():
             if time.monotonic() > end:
                 sys.exit(f"no rebuild of {site.name}:\n{log.read_text()}")
-            time.sleep(0.05)
-        time.sleep(0.5)
-        return float(rebuilds()[-1])
+            time.sleep(0.005)
 
     try:
-        while "Serving on" not in log.read_text():
-            time.sleep(0.1)
+        wait_until(lambda: count("Serving on"))
         time.sleep(4)  # the fork server has loaded its packages by then
         edit()
         yield edit

@@ -8,7 +8,8 @@ forkserver.py   runs pages in forked children (Linux)
 kernels.py      runs pages in Jupyter kernels (anywhere)
 shell.py        runs one page's cells inside such a child
 recorder.py     inside the page's process: what it used, asserted and warned about
-opens.py        sees the files that native code opens (Linux)
+assertions.py   which assertions count
+matplotlibrc    the look of the figures
 render.py       cells and outputs to Markdown and image files
 publish.py      the lock, and the swap of a finished site
 plugin.py       the thin MkDocs plugin

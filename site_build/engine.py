@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +23,9 @@ NOTHING = {
     "uses": {}, "versions": {}, "outputs": [], "warnings": [], "assertions": 0,
     "seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mb": 0.0,
 }  # fmt: skip
+REPORTED = (
+    "executed", "assertions", "seconds", "cpu_seconds", "peak_memory_mb", "versions",
+)  # fmt: skip
 
 
 class BuildFailed(Exception):
@@ -103,10 +106,9 @@ class Engine:
         pages, problems = self.update(seconds)
         for run in self.runs.values():
             self.log(f"{run.page.source} is executing; it fills in when it is done")
-        files, more = self.render(pages)
+        files, more = self.render(pages, problems)
         for problem in problems + more:
             self.log(problem)
-            show_problem(files, problem)
         self.write(files)
 
     def update(self, seconds: float | None) -> tuple[list[Page], list[str]]:
@@ -115,7 +117,8 @@ class Engine:
         self.present = Present(self.root)
         self.attending = True
         self.collect()
-        fresh = [page.source for page in pages if page.cells and self.submit_stale(page)]
+        longest_first = sorted(pages, key=self.budget, reverse=True)
+        fresh = [page.source for page in longest_first if page.cells and self.submit_stale(page)]
         self.attend(fresh, seconds)
         with self.lock:
             self.attending = False
@@ -269,17 +272,14 @@ class Engine:
         entry = self.entries.get(page.source)
         if entry is None or not page.cells:
             return []
-
         if error := entry["error"]:
             return [self.at(page, error["cell"], error["line"], error["message"])]
         found = [self.at(page, w["cell"], w["line"], w["message"]) for w in entry["warnings"]]
         if not entry["assertions"]:
             found.append(self.at(page, 0, 0, f"its {len(page.cells)} cells assert nothing"))
         if entry["cpu_seconds"] > self.budget(page):
-            used, budget = entry["cpu_seconds"], self.budget(page)
-            found.append(
-                self.at(page, 0, 0, f"{used:.1f} CPU seconds, over its budget of {budget:g}")
-            )
+            over = f"{entry['cpu_seconds']:.1f} CPU seconds, over its budget of "
+            found.append(self.at(page, 0, 0, f"{over}{self.budget(page):g}"))
         return found
 
     def at(self, page: Page, cell: int, line: int, message: str) -> str:
@@ -290,9 +290,12 @@ class Engine:
 
     # Writing
 
-    def render(self, pages: list[Page]) -> tuple[dict[str, bytes], list[str]]:
-        """All files of the plain Markdown tree, and what can't be rendered."""
-        site = Site(self.root, self.suffixes, self.proofs(pages))
+    def render(self, pages: list[Page], shown: Iterable = ()) -> tuple[dict[str, bytes], list[str]]:
+        """All files of the plain Markdown tree, and what can't be rendered.
+
+        `shown` are problems to be shown on their pages.
+        """
+        site = Site(self.root, self.suffixes, self.proofs(pages), problems=list(shown))
         self.suffixes.clear()
         for page in pages:
             classic = page.meta.get("notebook", self.options.notebooks) == "classic"
@@ -301,13 +304,12 @@ class Engine:
         problems = []
         for page in pages:
             entry, suffix = self.entries.get(page.source), self.suffixes[page.stem]
+            draw = executed_notebook if suffix == "ipynb" else render
             try:
-                text = render(page, entry, site)
-                if suffix == "ipynb":
-                    text = executed_notebook(page, entry)
+                text = draw(page, entry, site)
             except RenderError as error:
                 problems.append(self.at(page, error.cell, 1, str(error)))
-                text = page.front_matter
+                text = f'{page.front_matter}\n!!! failure "{error}"\n'
             site.files[f"{page.stem}.{suffix}"] = text.encode()
         for path in self.source.rglob("*"):
             if path.is_file() and path.suffix not in (".md", ".ipynb"):
@@ -320,24 +322,20 @@ class Engine:
             path = self.output / name
             if not path.is_file() or path.read_bytes() != data:
                 write_atomically(path, data)
-        for path in sorted(self.output.rglob("*"), reverse=True):
-            if path.is_dir():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif path.relative_to(self.output).as_posix() not in files:
+        for path in self.output.rglob("*"):
+            if path.is_file() and path.relative_to(self.output).as_posix() not in files:
                 path.unlink()
 
     def proofs(self, pages: list[Page]) -> list[dict]:
         proofs = []
         for page in pages:
             module = f"snippets/{page.stem}.py"
-            about = {
-                "page": page.source,
-                "module": module if (self.root / module).is_file() else None,
-            }
-            outputs = self.entries.get(page.source, NOTHING)["outputs"]
-            found = (output.get("proof", {}) for cell in outputs for output in cell)
-            proofs += [about | proof for proof in found if "oracle" in proof]
+            about = {"page": page.source, "module": module}
+            if not (self.root / module).is_file():
+                about["module"] = None
+            for cell in self.entries.get(page.source, NOTHING)["outputs"]:
+                found = [output.get("proof", {}) for output in cell]
+                proofs += [about | proof for proof in found if "oracle" in proof]
         return proofs
 
     def report(self, pages: list[Page], problems: list[str]) -> None:
@@ -345,24 +343,11 @@ class Engine:
         listed = []
         for page in pages:
             entry = {"executed": False} | NOTHING | self.entries.get(page.source, {})
-            measured = ("assertions", "executed", "seconds", "cpu_seconds", "peak_memory_mb")
-            error = "\n".join(p for p in problems if p.startswith(f"{page.source}:"))
-            listed.append(
-                {"source": page.source, "cells": len(page.cells)}
-                | {key: entry[key] for key in (*measured, "versions")}
-                | {"files": [f for f, state in entry["uses"].items() if state != "absent"]}
-                | {"error": error or None}
-            )
+            about = {key: entry[key] for key in REPORTED}
+            about |= {"source": page.source, "cells": len(page.cells)}
+            about["files"] = [f for f, state in entry["uses"].items() if state != "absent"]
+            errors = [p for p in problems if p.startswith(f"{page.source}:")]
+            listed.append(about | {"error": "\n".join(errors) or None})
         report = {"pages": listed, "proofs": self.proofs(pages), "errors": problems}
-        data = json.dumps(report, indent=1, ensure_ascii=False).encode()
+        data = json.dumps(report, indent=1, ensure_ascii=False, sort_keys=True).encode()
         write_atomically(self.folder / "report.json", data)
-
-
-def show_problem(files: dict[str, bytes], problem: str) -> None:
-    """Put a problem at the head of its page, below the metadata."""
-    source, _, message = problem.partition(":")
-    name = f"{source.rpartition('.')[0]}.md"
-    text = files.get(name, b"").decode()
-    end = text.find("\n---", 3) + 5 if text.startswith("---\n") else 0
-    box = f'\n!!! failure "This page would fail the build"\n\n    {message.strip()}\n\n'
-    files[name] = (text[:end] + box + text[end:]).encode()

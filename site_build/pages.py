@@ -112,24 +112,23 @@ def read_notebook(source: str, text: str) -> Page:
     for position, cell in enumerate(cells):
         body = "".join(cell["source"])
         if position == 0 and cell["cell_type"] != "code" and (match := FRONT_MATTER.match(body)):
-            page.meta, page.front_matter = read_meta(source, match[1]), match[0]
+            page.meta, page.front_matter = read_meta(source, match[1]), match[0].rstrip() + "\n"
             body = body[match.end() :]
         if cell["cell_type"] == "markdown":
             page.parts.append(body + "\n")
-        elif cell["cell_type"] == "code" and body.strip():
-            lines = body.splitlines()
-            options: dict[str, str] = {}
-            while lines and lines[0].startswith("#|"):
-                name, _, value = lines.pop(0)[2:].partition(":")
-                value = value.strip().strip("\"'")
-                check_option(source, len(page.cells) + 1, name.strip(), value)
-                options[name.strip()] = value
-            code = "\n".join(lines)
-            if "no-run" in options:
-                page.parts.append(f"```python\n{code}\n```\n")
-            else:
-                first = len(body.splitlines()) - len(lines) + 1
-                page.parts.append(Cell(len(page.cells) + 1, code, first, options=options))
+        if cell["cell_type"] != "code" or not body.strip():
+            continue
+        number, lines, options = len(page.cells) + 1, body.splitlines(), {}
+        while lines and lines[0].startswith("#|"):
+            name, _, value = (x.strip() for x in lines.pop(0)[2:].partition(":"))
+            options[name] = value.strip("\"'")
+            check_option(source, number, name, options[name])
+        code = "\n".join(lines)
+        if "no-run" in options:
+            page.parts.append(f"```python\n{code}\n```\n")
+        else:
+            first = body.count("\n") - code.count("\n") + 1
+            page.parts.append(Cell(number, code, first, options=options))
     return page
 
 
@@ -137,14 +136,10 @@ def read_meta(source: str, text: str) -> dict:
     try:
         meta = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 2
-        raise SourceError(source, line, f"the metadata is not YAML: {error}") from None
+        raise SourceError(source, 1, f"the metadata is not YAML: {error}") from None
     for key, kind in META.items():
-        value = meta.get(key)
-        if value is not None and (
-            not isinstance(value, kind) or (value is not bool(value) and value == 0)
-        ):
-            raise SourceError(source, 1, f"metadata: {key} can't be {value!r}")
+        if key in meta and not (isinstance(meta[key], kind) and (meta[key] or kind is bool)):
+            raise SourceError(source, 1, f"metadata: {key} can't be {meta[key]!r}")
     if meta.get("notebook", "native") not in ("native", "classic"):
         raise SourceError(source, 1, f"metadata: notebook can't be {meta['notebook']!r}")
     return meta

@@ -27,7 +27,7 @@ IMPORTED: dict[str, set[str]] = {}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 # Readers in native code raise no audit event for the file that they open; their first
-# argument is its path. (On Linux opens.py sees every other native reader too.)
+# argument is its path. A page that reads by another one needs a row here.
 NATIVE_READERS = {
     "safetensors": ["safe_open"],
     "tokenizers": ["Tokenizer.from_file"],

@@ -42,6 +42,7 @@ class Site:
     root: Path
     suffixes: dict[str, str]  # page without suffix: the one it is published with
     proofs: list[dict]
+    problems: list[str]  # shown at the head of their pages
     files: dict[str, bytes] = field(default_factory=dict)  # to be written beside the pages
 
 
@@ -72,13 +73,14 @@ def normalize(outputs: list[dict], root: str) -> list[dict]:
 
 def render(page: Page, entry: dict | None, site: Site) -> str:
     """The page's Markdown. `entry` is its run; None while it has not run."""
-    outputs = entry["outputs"] if entry else []
-    error = (entry or {}).get("error")
+    outputs, error = (entry["outputs"], entry["error"]) if entry else ([], None)
     text = [page.front_matter]
     if page.cells and entry is None:
-        text.append(
-            '\n!!! info "Not executed yet"\n\n    Outputs appear here when the cells ran.\n\n'
-        )
+        text.append(box('info "Not executed yet"', "Outputs appear here when the cells ran."))
+    for problem in site.problems:
+        if problem.startswith(f"{page.source}:"):
+            message = problem.removeprefix(f"{page.source}:").strip()
+            text.append(box('failure "This page would fail the build"', message))
     for part in page.parts:
         if isinstance(part, str):
             text.append(render_prose(part, page, site))
@@ -86,12 +88,14 @@ def render(page: Page, entry: dict | None, site: Site) -> str:
         shown = outputs[part.number - 1] if part.number <= len(outputs) else []
         blocks = render_cell(part, shown, page, site)
         if error and error["cell"] == part.number:
-            trace = error.get("traceback") or error["message"]
-            blocks.append(
-                '!!! failure "This cell failed"\n\n' + indent(fence(trace, "pytb"), "    ")
-            )
+            trace = fence(error.get("traceback") or error["message"], "pytb")
+            blocks.append(box('failure "This cell failed"', trace))
         text.append("\n\n" + indent("\n\n".join(blocks), part.indent) + "\n\n")
     return re.sub(r"\n{3,}", "\n\n", "".join(text)) if page.cells else "".join(text)
+
+
+def box(kind: str, text: str) -> str:
+    return f"\n!!! {kind}\n\n{indent(text, '    ')}\n\n"
 
 
 def render_cell(cell: Cell, outputs: list[dict], page: Page, site: Site) -> list[str]:
@@ -207,38 +211,33 @@ def test_of(module: str) -> str:
 
 def proofs_table(page: Page, site: Site) -> str:
     up = "../" * page.source.count("/")
-    rows = [
-        "| Page | Module | Oracle | Configuration | Largest difference | Tolerance | Effect |",
-        "|---|---|---|---|--:|--:|--:|",
-    ]
+    rows = ["| Page | Module | Oracle | Configuration | Largest difference | Tolerance | Effect |"]
+    rows.append("|---|---|---|---|--:|--:|--:|")
     for proof in site.proofs:
-        source = proof["page"]
-        stem = source.rpartition(".")[0]
+        stem = proof["page"].rpartition(".")[0]
         config = ", ".join(f"{key}={value}" for key, value in proof["config"].items())
         cells = [
-            f"[{stem}]({up}{stem}.{site.suffixes.get(stem, 'md')})",
+            f"[{stem}]({up}{stem}.{site.suffixes[stem]})",
             f"`{proof['module']}`" if proof["module"] else "–",
             f"{proof['oracle']} {proof['version']}",
-            html.escape(config).replace("|", "\\|") or "–",
+            html.escape(config).replace("|", "\\|"),
             *(f"{proof[key]:.2g}" for key in ("difference", "tolerance", "effect")),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def executed_notebook(page: Page, entry: dict) -> str:
+def executed_notebook(page: Page, entry: dict, site: Site) -> str:
     """The notebook with the outputs of this run, for mkdocs-jupyter."""
-    notebook = page.notebook
     runs = iter(entry["outputs"])
-    numbers = {id(cell): n for n, cell in enumerate(notebook["cells"])}
-    for cell in notebook["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        ran = "".join(cell["source"]).strip() and "#| no-run" not in "".join(cell["source"])
-        cell["execution_count"] = None
-        cell["id"] = cell.get("id", f"cell-{numbers[id(cell)]}")
-        cell["outputs"] = [notebook_output(o) for o in (next(runs) if ran else [])]
-    return json.dumps(notebook, indent=1, ensure_ascii=False)
+    for number, cell in enumerate(page.notebook["cells"]):
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            ran = source.strip() and "#| no-run" not in source
+            outputs = [notebook_output(o) for o in (next(runs) if ran else [])]
+            cell.setdefault("id", f"cell-{number}")
+            cell |= {"execution_count": None, "outputs": outputs}
+    return json.dumps(page.notebook, indent=1, ensure_ascii=False)
 
 
 def notebook_output(output: dict) -> dict:

@@ -1,6 +1,7 @@
 """A page runs again exactly when its code or something that it used changed."""
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -183,28 +184,32 @@ def test_an_unrelated_file_runs_nothing(project):
     check(project, change)
 
 
-def package(project, name: str, version: str, code: str) -> None:
-    project.write(f"packages/{name}.py", code)
-    for old in (project.root / "packages").glob(f"{name}-*"):
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
-    info = f"packages/{name}-{version}.dist-info"
-    project.write(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    project.write(f"{info}/RECORD", f"{name}.py,,\n{name}-{version}.dist-info/METADATA,,\n")
+def package(folder, name: str, version: str, code: str) -> None:
+    """As installed: outside of the project."""
+    for old in folder.glob(f"{name}-*"):
+        shutil.rmtree(old)
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (folder / f"{name}.py").write_text(code)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "RECORD").write_text(f"{name}.py,,\n{info.name}/METADATA,,\n")
 
 
-def test_another_version_of_a_package_that_the_page_imported(project, monkeypatch):
+def test_another_version_of_a_package_that_the_page_imported(project, tmp_path, monkeypatch):
     """Directly or through another package; a page that imports neither stays."""
-    monkeypatch.syspath_prepend(project.root / "packages")
-    monkeypatch.setenv("PYTHONPATH", str(project.root / "packages"))
+    folder = tmp_path / "packages"
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
     cache_clear()
-    package(project, "base_package", "1.0", "number = 1")
-    package(project, "user_package", "1.0", "from base_package import number")
-    project.page("a.md", "import user_package\nassert user_package.number")
+    package(folder, "base_package", "1.0", "number = 1")
+    package(folder, "user_package", "1.0", "from base_package import number")
+    project.page(
+        "a.md", "import user_package\nprint(user_package.number)\nassert user_package.number"
+    )
     project.page("b.md", "import math\nassert math.tau > 6")
-    check(project, lambda: package(project, "base_package", "2.0", "number = 2"), "a.md")
+    check(project, lambda: package(folder, "base_package", "2.0", "number = 22"), "a.md")
     assert project.about("a.md")["versions"]["base_package"] == "2.0"
+    assert "\n22\n" in project.text("a.md")
 
 
 def cache_clear():

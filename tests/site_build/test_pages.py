@@ -116,7 +116,7 @@ def test_a_notebook_and_a_markdown_page_come_out_alike(project):
         '```python alt="A line"\nimport matplotlib.pyplot as plt\nassert plt.plot([1]);\n```\n',
     )
     cells = [
-        ("raw", "---\ntitle: T\n---\n"),
+        ("raw", "---\ntitle: T\n---"),
         ("markdown", "# Page"),
         ("code", "#| hide: source\nprint('x')\nassert print"),
         ("markdown", "Text\n\n```python\nraise SystemExit('prose in a notebook')\n```"),
