@@ -42,8 +42,10 @@ def distributions() -> dict[str, list[str]]:
     return importlib.metadata.packages_distributions()
 
 
-def installed() -> set[tuple[str, str]]:
-    return {(d.name, d.version) for d in importlib.metadata.distributions()}
+def installed() -> set[str]:
+    """Names that change when a package is installed, removed or replaced."""
+    folders = [Path(folder) for folder in sys.path]
+    return {path.name for folder in folders for path in folder.glob("*.dist-info")}
 
 
 @dataclass
@@ -56,7 +58,8 @@ class Run:
 class Engine:
     """One project's pages, from sources to plain Markdown in `output`.
 
-    `wake` is called when a run ends that nobody waits for, as happens under `serve`.
+    `wake` is called when a run ends that nobody waits for, as happens under `serve`, and
+    `meanwhile` when there is time while the pages' processes start.
     """
 
     def __init__(
@@ -67,9 +70,10 @@ class Engine:
         output: Path | None = None,
         log: Callable[[str], None] = print,
         wake: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], object] = lambda: None,
     ):
         self.root, self.source = root.resolve(), source.resolve()
-        self.options, self.log, self.wake = options, log, wake
+        self.options, self.log, self.wake, self.meanwhile = options, log, wake, meanwhile
         self.folder = self.root / options.build
         self.output = output or self.folder / "pages"
         self.cache = Cache(self.folder / "cache")
@@ -117,6 +121,9 @@ class Engine:
         self.present = Present(self.root)
         self.attending = True
         self.collect()
+        if self.runner and self.packages != installed():
+            self.close()  # it holds the packages as they were when it started
+            distributions.cache_clear()
         longest_first = sorted(pages, key=self.budget, reverse=True)
         fresh = [page.source for page in longest_first if page.cells and self.submit_stale(page)]
         self.attend(fresh, seconds)
@@ -175,9 +182,6 @@ class Engine:
         return True
 
     def submit(self, page: Page) -> Future:
-        if self.runner and self.packages != installed():
-            self.close()  # it holds the packages as they were when it started
-            distributions.cache_clear()
         self.warm_up()
         job = {
             "id": next(self.ids),
@@ -213,7 +217,8 @@ class Engine:
             return
         started, total = time.monotonic(), len(sources)
         self.log(f"executing {total} pages, {min(self.options.workers, total)} at a time")
-        distributions()  # takes a moment; the pages' processes are starting meanwhile
+        distributions()  # takes a moment, in which the pages' processes start
+        self.meanwhile()
         while waiting := [self.runs[source] for source in sources if source in self.runs]:
             passed = time.monotonic() - started
             if seconds is not None and passed >= seconds:

@@ -7,6 +7,7 @@ child sees the project as it is now.
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -142,6 +143,7 @@ class Server:
         self.client, self.workers = client, workers
         self.waiting: list[dict] = []
         self.running: dict[Connection, Child] = {}
+        self.ended: list[tuple[Child, dict]] = []
 
     def run(self) -> None:
         try:
@@ -156,6 +158,9 @@ class Server:
         while self.waiting and len(self.running) < self.workers:
             child = Child(self.waiting.pop(0))
             self.running[child.channel] = child
+        while self.ended:  # reaped only now: the next page runs meanwhile
+            child, result = self.ended.pop()
+            self.client.send(child.end(result))
         deadline = min((child.deadline for child in self.running.values()), default=None)
         timeout = None if deadline is None else max(0, deadline - time.monotonic())
         for ready in wait([self.client, *self.running], timeout):
@@ -173,25 +178,26 @@ class Server:
                 self.waiting.append(message)
         for child in list(self.running.values()):
             if time.monotonic() >= child.deadline:
-                self.finish(child, why=f"timeout: more than {child.job['timeout']:g} s")
+                self.stop(child, f"timeout: more than {child.job['timeout']:g} s")
         return True
 
     def hear(self, child: Child, message: dict | None) -> None:
         if message and "cell" in message:
             child.cell = message["cell"]
         else:
-            self.finish(child, message)
+            del self.running[child.channel]
+            self.ended.append((child, message))
 
     def cancel(self, number: int) -> None:
         for job in [job for job in self.waiting if job["id"] == number]:
             self.waiting.remove(job)
             self.client.send({"id": number, "died": "cancelled", "cell": 0})
         for child in [c for c in self.running.values() if c.job["id"] == number]:
-            self.finish(child, why="cancelled")
+            self.stop(child, "cancelled")
 
-    def finish(self, child: Child, result: dict | None = None, why: str | None = None) -> None:
+    def stop(self, child: Child, why: str) -> None:
         del self.running[child.channel]
-        self.client.send(child.end(result, why))
+        self.client.send(child.end(why=why))
 
 
 def main(descriptor: str, workers: str, *preload: str) -> None:
@@ -208,7 +214,10 @@ def main(descriptor: str, workers: str, *preload: str) -> None:
         warm_figures(shell)
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         sys.exit(f"fork server: {threads} threads after preloading {preload}; forks would hang")
+    gc.collect()
+    gc.freeze()  # else each child's collector visits, and so copies, all that was preloaded
     Server(Connection(int(descriptor)), int(workers)).run()
+    os._exit(0)  # taking torch apart in order would take longer than a page
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import click
+import markdown
 from filelock import FileLock, Timeout
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import BasePlugin, event_priority, get_plugin_logger
@@ -55,6 +56,13 @@ class PagesPlugin(BasePlugin):
 
     def _start(self, root: Path, config) -> None:
         set_build_date(root)
+
+        def meanwhile():  # load what MkDocs needs next
+            extensions = dict(
+                extensions=config.markdown_extensions, extension_configs=config.mdx_configs
+            )
+            markdown.Markdown(**extensions).convert("```python\nx\n```")
+
         source = Path(config.docs_dir)
         self.site = Path(config.site_dir).absolute()
         if self.serving:
@@ -65,7 +73,7 @@ class PagesPlugin(BasePlugin):
             self.engine = Engine(root, source, self.config, pages, log.info, wake)
             self.engine.warm_up()
         else:
-            self.engine = Engine(root, source, self.config, log=log.info)
+            self.engine = Engine(root, source, self.config, log=log.info, meanwhile=meanwhile)
             self.lock = FileLock(self.engine.folder / "lock")
             self.engine.folder.mkdir(parents=True, exist_ok=True)
             try:

@@ -74,22 +74,31 @@ def prepare() -> None:
         return real_import_module(name, package)
 
     builtins.__import__, importlib.import_module = noting_import, noting_import_module
-    sys.meta_path.insert(0, NativeReaders)
+    sys.meta_path.insert(0, AfterImport)
 
 
-class NativeReaders:
-    """An import finder that makes native readers raise Python's audit event for `open`."""
+class AfterImport:
+    """An import finder that changes a few modules right after they were loaded."""
 
     @staticmethod
     def find_spec(name: str, path, target=None):
-        spec = PathFinder.find_spec(name, path) if name in NATIVE_READERS else None
+        change = draw_once if name == "matplotlib.pyplot" else announce_readers
+        if name not in NATIVE_READERS and change is announce_readers:
+            return None
+        spec = PathFinder.find_spec(name, path)
         if spec is not None:
             execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (execute(module), announce_readers(module))
+            spec.loader.exec_module = lambda module: (execute(module), change(module))
         return spec
 
 
+def draw_once(pyplot) -> None:
+    """Without pyplot's own hook, which draws each figure after a cell a second time."""
+    pyplot.install_repl_displayhook = lambda: None
+
+
 def announce_readers(module) -> None:
+    """Have native readers raise Python's audit event for `open`."""
     for reader in NATIVE_READERS[module.__name__]:
         owner, _, name = reader.rpartition(".")
         owner = getattr(module, owner) if owner else module
@@ -301,7 +310,7 @@ def set_figure_format(shell) -> None:
 
     config = Config()
     config.InlineBackend.figure_formats = {"retina"}
-    # The style lays out the figure itself; a tight box would draw each figure twice.
+    # The style leaves room for labels; a tight box would draw each figure twice.
     config.InlineBackend.print_figure_kwargs = {"bbox_inches": None}
     shell.update_config(config)
 
