@@ -10,6 +10,7 @@ shell.py        runs one page's cells inside such a child
 recorder.py     inside the page's process: what it used, asserted and warned about
 assertions.py   which assertions count
 matplotlibrc    the look of the figures
+outputs.py      outputs without what differs between machines and runs
 render.py       cells and outputs to Markdown and image files
 publish.py      the lock, and the swap of a finished site
 plugin.py       the thin MkDocs plugin

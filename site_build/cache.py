@@ -15,14 +15,11 @@ from .recorder import measure
 
 @cache
 def environment() -> str:
-    """What every page's result depends on: Python, the machine's kind, how cells are run."""
-    here = Path(__file__).parent
-    runner = b"".join(
-        (here / n).read_bytes()
-        for n in ("recorder.py", "assertions.py", "shell.py", "matplotlibrc")
-    )
+    """What every page's result depends on: Python, the machine's kind, this engine."""
+    files = [path for path in sorted(Path(__file__).parent.iterdir()) if path.is_file()]
+    engine = b"".join(path.read_bytes() for path in files)
     python = f"{platform.python_implementation()} {platform.python_version()}"
-    return f"{python} {platform.machine()} {hashlib.sha256(runner).hexdigest()[:16]}"
+    return f"{python} {platform.machine()} {hashlib.sha256(engine).hexdigest()[:16]}"
 
 
 def code_hash(page: Page) -> str:

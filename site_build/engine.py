@@ -15,8 +15,9 @@ from pathlib import Path
 
 from .cache import Cache, Present, code_hash, environment, write_atomically
 from .options import Options
+from .outputs import normalize
 from .pages import Page, SourceError, read_page
-from .render import RenderError, Site, executed_notebook, normalize, render
+from .render import RenderError, Site, executed_notebook, render
 
 WALL_PER_CPU = 10  # a page's wall-clock limit, in budgets of CPU seconds
 NOTHING = {
@@ -87,7 +88,8 @@ class Engine:
         ours = ("cache", "pages", "report.json", "scratch", "lock")
         self.ignore = [str(self.folder / name) for name in ours]
         self.ignore += [str(self.root / name) for name in (".git/", "site/", ".site.")]
-        self.ignore += [os.path.join(prefix, "") for prefix in (sys.prefix, sys.base_prefix)]
+        environment_inside = Path(sys.prefix).is_relative_to(self.root)
+        self.ignore += [os.path.join(sys.prefix, "")] * environment_inside
 
     # The two ways to use it
 
@@ -248,7 +250,7 @@ class Engine:
 
     def ended(self, future: Future) -> None:
         with self.lock:
-            if not self.attending:
+            if not self.attending and future.result().get("died") != "cancelled":
                 self.wake()
 
     def accept(self, page: Page, result: dict) -> dict:

@@ -67,6 +67,8 @@ class ForkServer:
     def submit(self, job: dict) -> Future:
         future = self.futures[job["id"]] = Future()
         self._send(job)
+        if not self.reader.is_alive():
+            self._give_up()
         return future
 
     def cancel(self, job: int) -> None:
@@ -88,8 +90,12 @@ class ForkServer:
             while True:
                 result = self.server.recv()
                 self.futures.pop(result["id"]).set_result(result)
-        for future in self.futures.values():
-            future.set_result({"died": "the fork server ended; see its message", "cell": 0})
+        self._give_up()
+
+    def _give_up(self) -> None:
+        while self.futures:
+            _, future = self.futures.popitem()
+            future.set_result({"died": "the fork server has ended; see its message", "cell": 0})
 
 
 class Child:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from .forkserver import page_environment
 from .recorder import last_line
@@ -95,7 +95,7 @@ class Kernels:
             return {"died": "cancelled", "cell": number}
         except CellTimeoutError:
             return {"died": f"timeout: more than {job['timeout']:g} s", "cell": number}
-        except DeadKernelError as error:
+        except Exception as error:  # the kernel died, or could not be started
             return {"died": f"its process ended: {last_line(error)}", "cell": number}
         finally:
             os.close(lifeline)

@@ -14,7 +14,12 @@ FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
 PYTHON = ("python", "py", "python3")
 FLAGS = ("no-run", "stderr")
 KEYED = ("hide", "alt", "caption", "title", "hl_lines")
-META = {"study": bool, "cpu_seconds": (int, float), "threads": int, "notebook": str}
+META = {  # the metadata that the engine reads, and what is right there
+    "study": lambda value: isinstance(value, bool),
+    "cpu_seconds": lambda value: type(value) in (int, float) and value > 0,
+    "threads": lambda value: type(value) is int and value > 0,
+    "notebook": lambda value: value in ("native", "classic"),
+}
 
 
 class SourceError(ValueError):
@@ -53,7 +58,10 @@ class Page:
 
 def read_page(folder: Path, source: str) -> Page:
     """Raises SourceError with the line."""
-    text = (folder / source).read_text("utf-8")
+    try:
+        text = (folder / source).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(source, 1, f"not UTF-8: {error}") from None
     return read_notebook(source, text) if source.endswith(".ipynb") else read_markdown(source, text)
 
 
@@ -110,7 +118,7 @@ def read_notebook(source: str, text: str) -> Page:
         raise SourceError(source, 1, f"not a notebook (nbformat 4): {error!r}") from None
     page = Page(source, {}, "", [], notebook)
     for position, cell in enumerate(cells):
-        body = "".join(cell["source"])
+        body = "".join(cell.get("source", ""))
         if position == 0 and cell["cell_type"] != "code" and (match := FRONT_MATTER.match(body)):
             page.meta, page.front_matter = read_meta(source, match[1]), match[0].rstrip() + "\n"
             body = body[match.end() :]
@@ -137,11 +145,9 @@ def read_meta(source: str, text: str) -> dict:
         meta = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise SourceError(source, 1, f"the metadata is not YAML: {error}") from None
-    for key, kind in META.items():
-        if key in meta and not (isinstance(meta[key], kind) and (meta[key] or kind is bool)):
+    for key, right in META.items():
+        if key in meta and not right(meta[key]):
             raise SourceError(source, 1, f"metadata: {key} can't be {meta[key]!r}")
-    if meta.get("notebook", "native") not in ("native", "classic"):
-        raise SourceError(source, 1, f"metadata: notebook can't be {meta['notebook']!r}")
     return meta
 
 

@@ -53,6 +53,19 @@ def test_verification_lists_every_proof(site, report):
     assert page.count("<tr>") == len(report["proofs"]) + 1
 
 
+def test_no_formula_is_left_as_tex(site):
+    left = [p for p in site.rglob("*.html") if 'class="arithmatex">\\' in p.read_text()]
+    assert left == []
+
+
+def test_no_page_or_asset_of_ours_asks_another_host(site):
+    """What Material ships names some hosts; the browser test sees that it asks none."""
+    for path in (site / "assets").glob("*.css"):
+        assert "http" not in path.read_text(), path
+    for path in (site / "assets/katex").rglob("*.css"):
+        assert "http" not in path.read_text(), path
+
+
 def test_every_page_fails_when_its_module_is_one_percent_off(tmp_path):
     """A hidden first cell scales all that the page's module computes."""
     for name in ("site_src", "snippets", "tests", "mkdocs.yml"):

@@ -91,6 +91,15 @@ def test_a_page_whose_process_dies(project, leave):
     assert not project.about("b.md")["error"]
 
 
+def test_a_package_to_preload_that_is_not_there(quick):
+    quick.options |= {"preload": ["no_such_package"], "backend": "fork"}
+    quick.page("a.md", GOOD)
+    quick.page("b.md", GOOD)
+    problems = quick.problems()
+    assert [p.partition(": ")[0] for p in problems] == ["a.md", "b.md"]
+    assert all("the fork server has ended" in p for p in problems)
+
+
 def test_warnings_from_the_page_or_from_snippets(project):
     project.write(
         "snippets/warns.py", "import warnings\ndef f():\n    warnings.warn('in snippet')\n"
@@ -122,6 +131,8 @@ def test_a_figure_without_alt_text(project):
         ("> ```python\n> x\n> ```\n", "x.md:1: a cell can't stand in a block quote"),
         ("```python hide=maybe\nx\n```\n", "x.md:1: hide is source, output or all"),
         ("---\ncpu_seconds: soon\n---\n", "x.md:1: metadata: cpu_seconds can't be 'soon'"),
+        ("---\nthreads: 0\n---\n", "metadata: threads can't be 0"),
+        ("---\nnotebook: old\n---\n", "metadata: notebook can't be 'old'"),
         ("---\na: [\n---\n", "the metadata is not YAML"),
         (
             "<!-- show: snippets/nowhere.py -->\n",

@@ -1,0 +1,1 @@
+"""What MkDocs gets besides the pages: maths at build time."""
