@@ -253,6 +253,9 @@ class Engine:
             if not self.attending and future.result().get("died") != "cancelled":
                 self.wake()
 
+    def has_news(self) -> bool:
+        return any(run.future.done() for run in list(self.runs.values()))
+
     def accept(self, page: Page, result: dict) -> dict:
         """A run's entry, written to the cache unless the page failed."""
         entry = {"code": code_hash(page), "environment": environment(), "executed": True}

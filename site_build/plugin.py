@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import click
@@ -69,8 +71,8 @@ class PagesPlugin(BasePlugin):
             self.folder = Path(tempfile.mkdtemp(prefix="forward-pass-"))
             self.stamp = self.folder / "stamp"  # MkDocs rebuilds when it changes
             self.stamp.touch()
-            pages, wake = self.folder / "pages", self.stamp.touch
-            self.engine = Engine(root, source, self.config, pages, log.info, wake)
+            pages = self.folder / "pages"
+            self.engine = Engine(root, source, self.config, pages, log.info, self._wake)
             self.engine.warm_up()
         else:
             self.engine = Engine(root, source, self.config, log=log.info, meanwhile=meanwhile)
@@ -108,6 +110,16 @@ class PagesPlugin(BasePlugin):
         self.complete = True
         if self.server:
             self._watch_used()
+
+    def _wake(self):
+        """Have MkDocs rebuild; again and again, since it may not be watching yet."""
+
+        def touch():
+            while self.engine.has_news():
+                self.stamp.touch()
+                time.sleep(2)
+
+        threading.Thread(target=touch, daemon=True).start()
 
     def _watch_used(self):
         """Rebuild when a file changes that a page used, wherever it is."""

@@ -85,6 +85,14 @@ def test_pages_are_there_at_once_and_fill_in(project, serve):
     assert "Not executed yet" not in server.wait_for("slow/", "value 1")
 
 
+def test_a_run_that_ends_before_mkdocs_watches_still_shows(project, serve):
+    project.page("a.md", GOOD)
+    late = "import time\n\ndef on_serve(server, **kwargs):\n    time.sleep(4)\n    return server\n"
+    project.write("late.py", late)
+    project.edit("mkdocs.yml", "docs_dir", "hooks: [late.py]\ndocs_dir")
+    assert "value 1" in serve().wait_for("a/", "value 1")
+
+
 def test_a_failing_cell_shows_its_error_and_serving_goes_on(project, serve):
     project.page("a.md", GOOD)
     project.page("b.md", GOOD)
