@@ -1,7 +1,12 @@
 """Plain `mkdocs serve`: pages at once, one rebuild an edit, errors on their page."""
 
+import contextlib
+import os
+import random
 import re
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 
@@ -10,17 +15,20 @@ import pytest
 GOOD = "from snippets.value import value\nprint('value', value())\nassert value() > 0"
 
 
+def free_port() -> int:
+    """Below those that the system gives to whoever asks: the kernels of other tests do."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     def __init__(self, project):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.log = project.root / "serve.log"
         command = ["-u", "-m", "mkdocs", "serve", "-a", f"127.0.0.1:{self.port}"]
-        import os
-        import subprocess
-        import sys
-
         self.process = subprocess.Popen(
             [sys.executable, *command], cwd=project.root, stdout=self.log.open("w"),
             stderr=subprocess.STDOUT, env=os.environ,
@@ -30,7 +38,7 @@ class Server:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=5) as page:
                 return page.read().decode()
-        except OSError:
+        except OSError:  # not there yet
             return ""
 
     def wait_for(self, path: str, text: str, seconds: float = 30) -> str:
