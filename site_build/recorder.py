@@ -306,12 +306,12 @@ def reachable(start: str) -> set[str]:
 
 
 def set_figure_format(shell) -> None:
+    """Figures as PNG with 1.5 pixels a CSS pixel: sharp on phones, light to load."""
     from traitlets.config import Config
 
     config = Config()
-    config.InlineBackend.figure_formats = {"retina"}
     # The style leaves room for labels; a tight box would draw each figure twice.
-    config.InlineBackend.print_figure_kwargs = {"bbox_inches": None}
+    config.InlineBackend.print_figure_kwargs = {"bbox_inches": None, "dpi": 150}
     shell.update_config(config)
 
 
