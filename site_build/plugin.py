@@ -134,14 +134,13 @@ class PagesPlugin(BasePlugin):
         if self.engine is None:
             return
         self.engine.close()
-        if not self.serving:
+        if self.lock and self.lock.is_locked:  # not while another build has it
             # MkDocs calls this in a `finally`: strict mode's abort is known only here.
             if self.complete and sys.exc_info()[0] is None:
                 publish(self.site)
             discard(self.site)
-            if self.lock:
-                self.lock.release()
-        else:
+            self.lock.release()
+        if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -252,8 +252,9 @@ class Recorder:
 
     def _warned(self, message, category, filename, lineno, file=None, line=None) -> None:
         text = f"{category.__name__}: {message}".strip().splitlines()[-1]
-        if filename == self.cell_name(self.cell):
-            self.warnings.append({"cell": self.cell, "line": lineno, "message": text})
+        page, _, cell = filename.rpartition(", cell ")
+        if page == self.page:  # not always this cell: an earlier one may have the function
+            self.warnings.append({"cell": int(cell), "line": lineno, "message": text})
         elif filename.startswith(os.path.join(self.root, "snippets", "")):
             text = f"{os.path.relpath(filename, self.root)}:{lineno}: {text}"
             self.warnings.append({"cell": self.cell, "line": 1, "message": text})

@@ -1,5 +1,6 @@
 """Nothing broken gets out: what fails the build, and what is left standing then."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -106,6 +107,8 @@ def test_warnings_from_the_page_or_from_snippets(project):
     )
     project.page("a.md", "import warnings\nwarnings.warn('in page')\n" + GOOD)
     project.page("b.md", "from snippets.warns import f\nf()\n" + GOOD)
+    later = "import warnings\ndef f():\n    warnings.warn('defined before')\n"
+    project.page("e.md", later + GOOD, "f()")
     project.write("tools/far.py", "import warnings\ndef f():\n    warnings.warn('far')\n")
     project.page("c.md", "from tools.far import f\nf()\n" + GOOD)
     project.page("d.md", "import warnings\nwith warnings.catch_warnings(record=True):\n"
@@ -113,6 +116,7 @@ def test_warnings_from_the_page_or_from_snippets(project):
     assert project.problems() == [
         "a.md: cell 1, line 5: UserWarning: in page",
         "b.md: cell 1, line 4: snippets/warns.py:3: UserWarning: in snippet",
+        "e.md: cell 1, line 6: UserWarning: defined before",
     ]
 
 
@@ -303,6 +307,31 @@ def test_two_builds_at_once(quick):
     assert sum("waiting for another build" in output for output in outputs) == 1
     assert "a/index.html" in quick.site()
     assert quick.ran() == []
+
+
+def test_a_waiting_build_that_is_stopped_leaves_the_other_alone(quick):
+    go = quick.root / "go"
+    wait = f"import os, time\nend = time.time() + 60\nwhile not os.path.exists('{go}') and time.time() < end: time.sleep(.05)\n"
+    quick.page("a.md", wait + GOOD)
+    first = quick.start("mkdocs", "build")
+    staged = quick.root / ".site.building"
+    until(staged.exists)
+    second = quick.start("mkdocs", "build")
+    time.sleep(3)
+    second.send_signal(signal.SIGINT)
+    second.communicate(timeout=30)
+    assert staged.exists()
+    go.touch()
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 0, output
+    assert "a/index.html" in quick.site()
+
+
+def until(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition()
 
 
 def test_it_builds_without_mkdocs(quick):
