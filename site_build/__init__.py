@@ -11,6 +11,7 @@ recorder.py     inside the page's process: what it used, asserted and warned abo
 assertions.py   which assertions count
 matplotlibrc    the look of the figures
 outputs.py      outputs without what differs between machines and runs
+facts.py        what pages say about themselves: head, foot, cards, tables of pages
 render.py       cells and outputs to Markdown and image files
 publish.py      the lock, and the swap of a finished site
 plugin.py       the thin MkDocs plugin

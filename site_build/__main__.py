@@ -18,8 +18,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="the tree; default: build/pages")
     arguments = parser.parse_args()
     try:
-        source, options = read_mkdocs_yml(arguments.config)
-        engine = Engine(arguments.config.parent, source, options, arguments.output)
+        source, options, order = read_mkdocs_yml(arguments.config)
+        root = arguments.config.parent
+        engine = Engine(root, source, options, arguments.output, order=order)
         engine.build(write=arguments.stage == "build")
     except (BuildFailed, ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -1,5 +1,6 @@
 """Decides which pages run, gates what may be published, renders, and writes the report."""
 
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -8,12 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from .cache import Cache, Present, code_hash, environment, write_atomically
+from .facts import Origin
 from .options import Options
 from .outputs import normalize
 from .pages import Page, SourceError, read_page
@@ -59,8 +61,9 @@ class Run:
 class Engine:
     """One project's pages, from sources to plain Markdown in `output`.
 
-    `wake` is called when a run ends that nobody waits for, as happens under `serve`, and
-    `meanwhile` when there is time while the pages' processes start.
+    `order` names the pages, without suffix, as the navigation has them. `wake` is called
+    when a run ends that nobody waits for, as happens under `serve`, and `meanwhile` when
+    there is time while the pages' processes start.
     """
 
     def __init__(
@@ -72,9 +75,12 @@ class Engine:
         log: Callable[[str], None] = print,
         wake: Callable[[], None] = lambda: None,
         meanwhile: Callable[[], object] = lambda: None,
+        origin: Origin | None = None,
+        order: Iterable[str] = (),
     ):
         self.root, self.source = root.resolve(), source.resolve()
         self.options, self.log, self.wake, self.meanwhile = options, log, wake, meanwhile
+        self.origin, self.order = origin or Origin.of(self.root), list(order)
         self.folder = self.root / options.build
         self.output = output or self.folder / "pages"
         self.cache = Cache(self.folder / "cache")
@@ -82,7 +88,7 @@ class Engine:
         self.entries: dict[str, dict] = {}  # page: what its run gave, be it an error
         self.runs: dict[str, Run] = {}
         self.suffixes: dict[str, str] = {}
-        self.runner = None
+        self.runner = self.preparing = None
         self.ids = itertools.count()
         self.attending, self.lock = False, threading.Lock()
         ours = ("cache", "pages", "report.json", "scratch", "lock")
@@ -120,6 +126,11 @@ class Engine:
     def update(self, seconds: float | None) -> tuple[list[Page], list[str]]:
         """Run what must run, waiting at most `seconds`; the pages, and what is wrong."""
         pages, problems = self.scan()
+        try:
+            if not self.prepared(seconds):
+                return pages, problems
+        except Exception as error:  # whatever a step of the project's own raises
+            problems.append(f"prepare: {type(error).__name__}: {error}")
         self.present = Present(self.root)
         self.attending = True
         self.collect()
@@ -140,6 +151,26 @@ class Engine:
         if self.runner is not None:
             self.runner.close()
             self.runner = None
+
+    def prepared(self, seconds: float | None) -> bool:
+        """Have what the pages need made; False when that goes on after `seconds`."""
+        if self.options.prepare and self.preparing is None:
+            pool = ThreadPoolExecutor(1, "prepare")
+            self.preparing = pool.submit(self.prepare)
+            pool.shutdown(wait=False)
+        if self.preparing:
+            patience = None if seconds is None else max(1.0, seconds)
+            if not wait([self.preparing], patience).done:
+                self.log("preparing " + ", ".join(self.options.prepare))
+                self.preparing.add_done_callback(lambda done: self.wake())
+                return False
+            done, self.preparing = self.preparing, None
+            done.result()
+        return True
+
+    def prepare(self) -> None:
+        for name in self.options.prepare:
+            importlib.import_module(name).prepare(self.root)
 
     # Reading
 
@@ -254,7 +285,8 @@ class Engine:
                 self.wake()
 
     def has_news(self) -> bool:
-        return any(run.future.done() for run in list(self.runs.values()))
+        awaited = [run.future for run in list(self.runs.values())]
+        return any(future.done() for future in [*awaited, *filter(None, [self.preparing])])
 
     def accept(self, page: Page, result: dict) -> dict:
         """A run's entry, written to the cache unless the page failed."""
@@ -305,7 +337,9 @@ class Engine:
 
         `shown` are problems to be shown on their pages.
         """
-        site = Site(self.root, self.suffixes, self.proofs(pages), problems=list(shown))
+        place = {stem: number for number, stem in enumerate(self.order)}
+        ordered = sorted(pages, key=lambda page: (place.get(page.stem, len(place)), page.stem))
+        site = Site(self.root, ordered, self.suffixes, self.proofs(pages), list(shown), self.origin)
         self.suffixes.clear()
         for page in pages:
             classic = page.meta.get("notebook", self.options.notebooks) == "classic"

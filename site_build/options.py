@@ -21,6 +21,8 @@ class Options:
     backend: str = "auto"  # fork, kernel, or auto: fork on Linux, kernel elsewhere
     workers: int = os.cpu_count() or 1  # pages that run at the same time
     preload: list = dataclasses.field(default_factory=lambda: ["torch", "matplotlib.pyplot"])
+    # Modules whose `prepare(root)` makes files that pages read; quick when they are there.
+    prepare: list = dataclasses.field(default_factory=list)
     cpu_seconds: float = 10.0  # a page's budget, unless its metadata says otherwise
     study_cpu_seconds: float = 120.0  # the same for pages marked `study`
     notebooks: str = "native"  # or classic: executed notebooks go to mkdocs-jupyter
@@ -58,8 +60,16 @@ class Options:
         return self.backend == "fork" or (self.backend == "auto" and LINUX)
 
 
-def read_mkdocs_yml(path: Path) -> tuple[Path, Options]:
-    """The folder of the pages and the engine's options, without MkDocs."""
+def stems(nav) -> list[str]:
+    """The pages of a navigation in its order, without suffix."""
+    if isinstance(nav, str):
+        return [nav.rpartition(".")[0]]
+    items = nav.values() if isinstance(nav, dict) else nav or []
+    return [stem for item in items for stem in stems(item)]
+
+
+def read_mkdocs_yml(path: Path) -> tuple[Path, Options, list[str]]:
+    """The folder of the pages, the engine's options, the pages' order; without MkDocs."""
 
     class Loader(yaml.SafeLoader):
         """Takes MkDocs' own tags (!ENV, !!python/name) for nothing: none is of ours."""
@@ -68,4 +78,5 @@ def read_mkdocs_yml(path: Path) -> tuple[Path, Options]:
     config = yaml.load(path.read_text("utf-8"), Loader)
     plugins = config.get("plugins") or []
     settings = [p[PLUGIN] for p in [plugins, *plugins] if isinstance(p, dict) and PLUGIN in p]
-    return path.parent / config.get("docs_dir", "docs"), Options.of(*settings or [None])
+    folder = path.parent / config.get("docs_dir", "docs")
+    return folder, Options.of(*settings or [None]), stems(config.get("nav"))

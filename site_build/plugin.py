@@ -18,7 +18,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.plugins import BasePlugin, event_priority, get_plugin_logger
 
 from .engine import BuildFailed, Engine
-from .options import PLUGIN, Options
+from .facts import Origin
+from .options import PLUGIN, Options, stems
 from .publish import discard, publish, staging
 
 log = get_plugin_logger(PLUGIN)
@@ -54,6 +55,7 @@ class PagesPlugin(BasePlugin):
                 logger.setLevel(min(logger.level, logging.WARNING))
             config.site_dir = str(staging(self.site))
         config.docs_dir = str(self.engine.output)
+        self.engine.order = stems(config.nav)
         return config
 
     def _start(self, root: Path, config) -> None:
@@ -67,15 +69,20 @@ class PagesPlugin(BasePlugin):
 
         source = Path(config.docs_dir)
         self.site = Path(config.site_dir).absolute()
+        origin = Origin.of(root, config.repo_url, config.site_url)
         if self.serving:
             self.folder = Path(tempfile.mkdtemp(prefix="forward-pass-"))
             self.stamp = self.folder / "stamp"  # MkDocs rebuilds when it changes
             self.stamp.touch()
             pages = self.folder / "pages"
-            self.engine = Engine(root, source, self.config, pages, log.info, self._wake)
+            self.engine = Engine(
+                root, source, self.config, pages, log.info, self._wake, origin=origin
+            )
             self.engine.warm_up()
         else:
-            self.engine = Engine(root, source, self.config, log=log.info, meanwhile=meanwhile)
+            self.engine = Engine(
+                root, source, self.config, log=log.info, meanwhile=meanwhile, origin=origin
+            )
             self.lock = FileLock(self.engine.folder / "lock")
             self.engine.folder.mkdir(parents=True, exist_ok=True)
             try:

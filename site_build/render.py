@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import facts
 from .pages import Cell, Page, fence_info
 
 SHOW = re.compile(r"^(?P<indent>[ \t]*)<!-- show: *(?P<what>.*?) *-->[ \t]*$", re.MULTILINE)
@@ -29,9 +30,11 @@ class Site:
     """What a page may show besides its own cells."""
 
     root: Path
+    pages: list[Page]  # in the order of the navigation
     suffixes: dict[str, str]  # page without suffix: the one it is published with
     proofs: list[dict]
     problems: list[str]  # shown at the head of their pages
+    origin: facts.Origin
     files: dict[str, bytes] = field(default_factory=dict)  # to be written beside the pages
 
 
@@ -55,7 +58,14 @@ def render(page: Page, entry: dict | None, site: Site) -> str:
             trace = fence(error.get("traceback") or error["message"], "pytb")
             blocks.append(box('failure "This cell failed"', trace))
         text.append("\n\n" + indent("\n\n".join(blocks), part.indent) + "\n\n")
-    return re.sub(r"\n{3,}", "\n\n", "".join(text)) if page.cells else "".join(text)
+    text = "".join(text)
+    if page.cells:
+        text = re.sub(r"\n{3,}", "\n\n", text)
+    above = (
+        facts.head(page, entry, site.proofs, parts(page, site)) if "minutes" in page.meta else ""
+    )
+    below = facts.foot(page, entry, site.origin) if page.cells and entry else ""
+    return facts.with_head_and_foot(text, above, below) if above or below else text
 
 
 def box(kind: str, text: str) -> str:
@@ -153,24 +163,43 @@ def render_prose(text: str, page: Page, site: Site) -> str:
 
 
 def render_show(what: str, page: Page, site: Site) -> str:
-    """`<!-- show: proofs -->`, or a module by its path: `<!-- show: snippets/… -->`."""
-    if what == "proofs":
+    """A module by its path, or `proofs`, `cards`, `topics`, `studies TOPIC`."""
+    word, _, topic = what.partition(" ")
+    if word == "proofs":
         return proofs_table(page, site)
+    if word == "cards":  # of the pages beside this one
+        here = page.source.rpartition("/")[0]
+        beside = [p for p in site.pages if p.source.rpartition("/")[0] == here and p is not page]
+        return facts.cards(page, beside, site.suffixes)
+    if word == "topics":
+        return facts.topics(page, site.pages, site.suffixes)
+    if word == "studies":
+        return facts.studies(page, topic, site.pages, site.proofs, site.suffixes)
     path = site.root / what
     if not path.is_file() or path.suffix != ".py":
         raise RenderError(0, f"show: there is no module {what}")
-    up = "../" * page.source.count("/")
-    test = test_of(what)
-    site.files[what] = path.read_bytes()
-    links = [f"[Source]({up}{what})"]
-    if (site.root / test).is_file():
-        site.files[test] = (site.root / test).read_bytes()
-        links.append(f"[Test]({up}{test})")
+    links = module_links(page, what, site)
     code = path.read_text("utf-8").rstrip()
     return (
         fence(code, f'python title="{what}"', bare=True)
         + f"\n\n{' · '.join(links)}\n{{ .module-links }}"
     )
+
+
+def parts(page: Page, site: Site) -> list[str]:
+    """Links to what belongs to a page: its module and its test, where it has them."""
+    module = f"snippets/{page.stem}.py"
+    return module_links(page, module, site) if (site.root / module).is_file() else []
+
+
+def module_links(page: Page, module: str, site: Site) -> list[str]:
+    up = "../" * page.source.count("/")
+    links = []
+    for label, path in (("Module", module), ("Test", test_of(module))):
+        if (site.root / path).is_file():
+            site.files[path] = (site.root / path).read_bytes()
+            links.append(f"[{label}]({up}{path})")
+    return links
 
 
 def test_of(module: str) -> str:

@@ -5,37 +5,65 @@ as query heads this is multi-head attention (Vaswani et al. 2017,
 arXiv:1706.03762), with a single one multi-query attention (Shazeer 2019,
 arXiv:1911.02150).
 
-Axes: b batch, t query token, s key token, d hidden size, h query head,
-g key-value head, r query head within its group (h = g r), k head dim.
+Axes: b batch, t query token, s key token (s >= t, with a cache), d hidden size,
+h query head, g key-value head, r query head within its group (h = g r), k head dim.
 """
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from snippets.attention.kv_cache import LayerCache
+from snippets.attention.scaled_dot_product import causal_mask
+from snippets.position.rope import rotate
 
 
 def grouped_attention(
     q: Float[Tensor, "b h t k"],
-    k: Float[Tensor, "b g t k"],
-    v: Float[Tensor, "b g t k"],
+    k: Float[Tensor, "b g s k"],
+    v: Float[Tensor, "b g s k"],
+    mask: Bool[Tensor, "#b 1 t s"] | Bool[Tensor, "t s"] | None = None,
 ) -> Float[Tensor, "b h t k"]:
-    """Causal attention; query head i reads key-value head j = i // r, r = h / g.
+    """Attention in which query head i reads key-value head j = i // r, r = h / g.
 
-    y_i = softmax(q_i k_j^T / sqrt(head dim)) v_j, over the keys s <= t.
-    The same function as `F.scaled_dot_product_attention(q, k, v, is_causal=True,
-    enable_gqa=True)`, spelled out: it holds all b h t t scores at once.
+    y_i = softmax(q_i k_j^T / sqrt(head dim)) v_j, over the keys that the mask allows
+    (True = attend). Without a mask it is causal, the queries being the last t of the
+    s tokens. It holds all b h t s scores at once.
     """
+    if mask is None:
+        mask = causal_mask(q.shape[2], k.shape[2], device=q.device)
     # Query head i becomes (i // r, i % r), the order of heads in checkpoints.
     # Split as (r, g) it would read i % g: the shapes fit, the output is wrong.
     q = q.unflatten(1, (k.shape[1], -1))  # b g r t k
     # Having no r axis, keys and values serve their whole group unrepeated.
     scores = torch.einsum("bgrtk,bgsk->bgrts", q, k) * q.shape[-1] ** -0.5
-    future = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1)  # t s
-    scores = scores.masked_fill(future, float("-inf"))
-    # Llama computes its softmax in float32, whatever the dtype of the rest.
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    y = torch.einsum("bgrts,bgsk->bgrtk", weights, v)
+    if mask.ndim == 4:
+        mask = mask.unsqueeze(2)  # b 1 1 t s
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    # Llama computes its softmax in float32, whatever the dtype of the rest. Padding
+    # that stands first has no key to attend to: zeros, not the mean of all values.
+    weights = scores.softmax(dim=-1, dtype=torch.float32).masked_fill(~mask, 0.0)
+    y = torch.einsum("bgrts,bgsk->bgrtk", weights.to(q.dtype), v)
     return y.flatten(1, 2)  # b h t k
+
+
+def fused_grouped_attention(
+    q: Float[Tensor, "b h t k"],
+    k: Float[Tensor, "b g s k"],
+    v: Float[Tensor, "b g s k"],
+    mask: Bool[Tensor, "#b 1 t s"] | Bool[Tensor, "t s"] | None = None,
+) -> Float[Tensor, "b h t k"]:
+    """`grouped_attention` by torch's fused kernel, which never holds all the scores."""
+    t, s = q.shape[2], k.shape[2]
+    # torch aligns `is_causal` with the first keys, which is right for t = s only.
+    # A single query is the last token and sees every key.
+    if mask is None and 1 < t < s:
+        mask = causal_mask(t, s, device=q.device)
+    causal = mask is None and t == s
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+    )
 
 
 class GroupedQueryAttention(nn.Module):
@@ -44,7 +72,8 @@ class GroupedQueryAttention(nn.Module):
     With x's heads y_i as in `grouped_attention`, returns [y_0 ... y_(h-1)] W_o^T.
     num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention.
     head_dim is hidden_size / num_heads unless given; many models give another.
-    Parameters are named and shaped as in Llama checkpoints.
+    Parameters are named and shaped as in Llama checkpoints; `bias` gives each of the
+    four projections one.
 
     Raises:
         ValueError: the heads don't divide evenly.
@@ -57,6 +86,7 @@ class GroupedQueryAttention(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int | None = None,
+        bias: bool = False,
     ):
         super().__init__()
         if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -66,16 +96,35 @@ class GroupedQueryAttention(nn.Module):
                 raise ValueError(f"head_dim needed: {hidden_size=}, {num_heads=}")
             head_dim = hidden_size // num_heads
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        rotation: tuple[Tensor, Tensor] | None = None,
+        mask: Bool[Tensor, "#b 1 t s"] | Bool[Tensor, "t s"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Attend from t tokens to themselves and to those in the cache.
+
+        Args:
+            x: the tokens' hidden states.
+            rotation: cos and sin of `rope_table`, to rotate queries and keys by.
+            mask: True = attend, over the s = cached + t tokens; None is causal.
+            cache: this layer's; the t tokens' keys and values are added to it.
+        """
         q = self.split(self.q_proj(x))  # b h t k
         k = self.split(self.k_proj(x))  # b g t k
         v = self.split(self.v_proj(x))  # b g t k
-        y = grouped_attention(q, k, v)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            # Keys are kept rotated: a token's position never changes.
+            k, v = cache.append(k, v)  # b g s k
+        y = fused_grouped_attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def split(self, x: Float[Tensor, "b t hk"]) -> Float[Tensor, "b h t k"]:

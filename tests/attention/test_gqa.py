@@ -4,6 +4,7 @@ Sizes are such that swapped axes show: no two of b t d h g r k are equal, h k !=
 """
 
 import math
+import types
 
 import pytest
 import torch
@@ -11,9 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from snippets.attention.gqa import GroupedQueryAttention, grouped_attention
+from snippets.attention.gqa import (
+    GroupedQueryAttention,
+    fused_grouped_attention,
+    grouped_attention,
+)
+from snippets.attention.kv_cache import LayerCache
+from snippets.position.rope import inverse_frequencies, rope_table
 
 B, T, D, H, G, K = 2, 7, 24, 12, 4, 6
 R = H // G
@@ -48,6 +55,7 @@ def tiled(gqa: GroupedQueryAttention, order) -> GroupedQueryAttention:
 
 def llama(gqa: GroupedQueryAttention, x: torch.Tensor, attention: str, **sizes: int):
     """The same weights in transformers' Llama, without rotation: cos = 1, sin = 0."""
+    tables = sizes.pop("tables", None)
     sizes = {"num_attention_heads": H, "num_key_value_heads": G, "head_dim": K} | sizes
     config = LlamaConfig(hidden_size=x.shape[-1], attn_implementation=attention, **sizes)
     oracle = LlamaAttention(config, layer_idx=0).to(x.dtype)
@@ -55,7 +63,7 @@ def llama(gqa: GroupedQueryAttention, x: torch.Tensor, attention: str, **sizes: 
     t = x.shape[1]
     one = torch.ones(1, t, config.head_dim, dtype=x.dtype)
     future = torch.full((1, 1, t, t), -math.inf, dtype=x.dtype).triu(1)
-    return oracle(x, (one, torch.zeros_like(one)), future)[0]
+    return oracle(x, tables or (one, torch.zeros_like(one)), future)[0]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -75,7 +83,59 @@ def test_equals_llama_at_the_default_head_dim():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_equals_llama_in_half_precision(dtype):
     gqa, x = layer().to(dtype), torch.randn(B, T, D, dtype=dtype)
-    assert_close(gqa(x), llama(gqa, x, "eager"))
+    assert_close(gqa(x), llama(gqa, x, "sdpa"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_plain_formula_equals_llamas(dtype):
+    q, k, v = (x.detach().to(dtype) for x in heads())
+    module = types.SimpleNamespace(num_key_value_groups=R, training=False)
+    future = torch.full((1, 1, T, T), -math.inf, dtype=dtype).triu(1)
+    theirs, _ = eager_attention_forward(module, q, k, v, future, scaling=K**-0.5)
+    assert_close(grouped_attention(q, k, v), theirs.transpose(1, 2))
+
+
+@pytest.mark.parametrize("t", [1, 3, T])
+@pytest.mark.parametrize("mask", ["causal", "random", "per sequence"])
+def test_the_fused_form_equals_the_plain_one(t, mask):
+    q, k, v = heads()
+    q = q[:, :, -t:]
+    masks = {"causal": None, "random": torch.rand(t, T) < 0.5}
+    masks["per sequence"] = torch.rand(B, 1, t, T) < 0.5
+    if mask != "causal":
+        masks[mask][..., 0, :] = False  # a query that may attend to nothing
+    plain = grouped_attention(q, k, v, masks[mask])
+    assert_close(fused_grouped_attention(q, k, v, masks[mask]), plain)
+    if mask != "causal":
+        assert (plain[:, :, 0] == 0).all()
+
+
+def test_rotates_queries_and_keys_as_llama_does():
+    gqa, x = layer(), torch.randn(B, T, D)
+    inv_freq = inverse_frequencies(head_dim=K, rope_theta=100.0)
+    cos, sin = rope_table(inv_freq, torch.arange(3, 3 + T))
+    twice = [torch.cat((table, table), -1)[None] for table in (cos, sin)]
+    assert_close(gqa(x, (cos, sin)), llama(gqa, x, "eager", tables=twice))
+    assert (gqa(x, (cos, sin)) - gqa(x)).abs().max() > 0.01
+
+
+def test_every_projection_has_its_bias():
+    gqa, x = layer(bias=True), torch.randn(B, T, D)
+    assert sum(name.endswith("bias") for name in gqa.state_dict()) == 4
+    assert_close(gqa(x), llama(gqa, x, "eager", attention_bias=True))
+
+
+@pytest.mark.parametrize("chunks", [[T], [1] * T, [3, 4], [4, 1, 2]])
+def test_chunks_through_a_cache_equal_the_whole(chunks):
+    gqa, x = layer(), torch.randn(B, T, D)
+    tables = rope_table(inverse_frequencies(head_dim=K), torch.arange(T))
+    cache, outputs = LayerCache(), []
+    with torch.no_grad():
+        for part in torch.arange(T).split(chunks):
+            rotation = tuple(table[part] for table in tables)
+            outputs.append(gqa(x[:, part], rotation, cache=cache))
+        assert_close(torch.cat(outputs, 1), gqa(x, tables))
+    assert cache.length == T
 
 
 def test_equals_the_papers_formula_in_loops():

@@ -343,3 +343,34 @@ def test_it_builds_without_mkdocs(quick):
     quick.page("a.md", "1 / 0")
     done = subprocess.run(command, cwd=quick.root, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "a.md: cell 1, line 4: ZeroDivisionError" in done.stderr
+
+
+MAKING = """
+from pathlib import Path
+
+def prepare(root: Path) -> None:
+    target = root / "build/made.txt"
+    target.parent.mkdir(exist_ok=True)
+    if not target.is_file():
+        target.write_text("41")
+"""
+
+
+def test_what_pages_read_is_made_before_they_run(quick, monkeypatch):
+    quick.write("making.py", MAKING)
+    monkeypatch.syspath_prepend(quick.root)
+    monkeypatch.delitem(sys.modules, "making", raising=False)
+    quick.options["prepare"] = ["making"]
+    quick.page("a.md", "print(open('build/made.txt').read())\nassert open('build/made.txt').read()")
+    assert quick.ran() == ["a.md"] and "41" in quick.text("a.md")
+    assert quick.ran() == []
+    (quick.root / "build/made.txt").write_text("42")
+    assert quick.ran() == ["a.md"] and "42" in quick.text("a.md")
+    (quick.root / "build/made.txt").unlink()
+    assert quick.ran() == ["a.md"] and "41" in quick.text("a.md")
+
+
+def test_a_step_that_fails_is_named(quick):
+    quick.options["prepare"] = ["no_such_step"]
+    quick.page("a.md", "assert open('mkdocs.yml').read()")
+    assert "prepare: ModuleNotFoundError: No module named 'no_such_step'" in quick.problems()

@@ -93,6 +93,22 @@ def test_pages_are_there_at_once_and_fill_in(project, serve):
     assert "Not executed yet" not in server.wait_for("slow/", "value 1")
 
 
+def test_a_long_preparation_keeps_no_page_waiting(project, serve):
+    go = project.root / "go"
+    project.write(
+        "making.py",
+        f"import os, time\n\ndef prepare(root):\n    end = time.time() + 30\n"
+        f"    while not os.path.exists('{go}') and time.time() < end: time.sleep(.05)\n"
+        f"    (root / 'build/made.txt').write_text('41')\n",
+    )
+    project.page("a.md", "print('made', open('build/made.txt').read())\nassert 1 + len('a') == 2")
+    project.edit("mkdocs.yml", '"preload": []', '"preload": [], "prepare": ["making"]')
+    server = serve()
+    server.wait_for("a/", "Not executed yet")
+    go.touch()
+    assert "Not executed yet" not in server.wait_for("a/", "made 41")
+
+
 def test_a_run_that_ends_before_mkdocs_watches_still_shows(project, serve):
     project.page("a.md", GOOD)
     late = "import time\n\ndef on_serve(server, **kwargs):\n    time.sleep(4)\n    return server\n"

@@ -1,0 +1,145 @@
+"""What the build knows about pages and says on them: head, foot, cards, tables of pages."""
+
+import html
+import platform
+import re
+import subprocess
+import urllib.parse
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from .pages import Page
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the project stands and is published; what isn't known is empty."""
+
+    repo_url: str = ""
+    site_url: str = ""
+    commit: str = ""
+    date: str = ""
+
+    @classmethod
+    def of(cls, root: Path, repo_url: str | None = "", site_url: str | None = "") -> "Origin":
+        git = ["git", "-C", str(root), "log", "-1", "--format=%H %ct"]
+        try:
+            done = subprocess.run(git, capture_output=True, text=True, check=False)
+            commit, _, seconds = done.stdout.strip().partition(" ")
+        except OSError:  # there is no git
+            commit = seconds = ""
+        date = datetime.fromtimestamp(int(seconds), UTC).date().isoformat() if seconds else ""
+        return cls((repo_url or "").rstrip("/"), site_url or "", commit, date)
+
+    @property
+    def described(self) -> str:
+        return f"commit {self.commit[:10]} of {self.date}" if self.commit else ""
+
+
+def title(page: Page) -> str:
+    return str(page.meta.get("title") or page.stem)
+
+
+def to(page: Page, stem: str, suffixes: dict[str, str]) -> str:
+    """The relative path of another page's source as published."""
+    return f"{'../' * page.source.count('/')}{stem}.{suffixes[stem]}"
+
+
+def head(page: Page, entry: dict | None, proofs: list[dict], links: list[str]) -> str:
+    """Below the title: what the page proves, the time it takes, where its parts are."""
+    about = []
+    if claims := page.meta.get("proves"):
+        about.append(f"**Proves** {'; '.join(claims)}.")
+    equal: dict[str, float] = {}
+    for proof in proofs:
+        if proof["page"] == page.source:
+            name = f"{proof['oracle']} {proof['version']}"
+            equal[name] = max(equal.get(name, 0.0), proof["difference"])
+    if equal:
+        compared = ", ".join(f"{name} to {difference:.0e}" for name, difference in equal.items())
+        about.append(f"Equal to {compared}.")
+    if entry and not entry["error"]:
+        about.append(f"{entry['assertions']} assertions held in this build.")
+    first = (str(paper) for paper in page.meta.get("papers", [])[:1])
+    links = [
+        f"{page.meta['minutes']} minutes",
+        *links,
+        *(f"[Paper](https://arxiv.org/abs/{paper} 'arXiv:{paper}')" for paper in first),
+    ]
+    lines = [" ".join(about), "{ .fp-proves }", "", " · ".join(links), "{ .fp-links }"]
+    return block("fp-head", lines if about else lines[3:])
+
+
+def foot(page: Page, entry: dict, origin: Origin) -> str:
+    """Below the text: what the page ran on, and where to report what is wrong."""
+    versions = [f"Python {platform.python_version()}"]
+    versions += [f"{name} {version}" for name, version in sorted(entry["versions"].items())]
+    ran = f"Ran on {', '.join(versions)}"
+    lines = [f"{ran}{'; ' if origin.described else ''}{origin.described}."]
+    if origin.repo_url:
+        body = f"Page: {page.source}\n{ran}\n{origin.described}\n\nWhat is wrong:\n\n"
+        query = urllib.parse.urlencode({"title": f"{title(page)}: ", "body": body})
+        lines.append(f"[Something wrong here?]({origin.repo_url}/issues/new?{query})")
+    return block("fp-foot", lines)
+
+
+def block(name: str, lines: list[str]) -> str:
+    inner = "\n".join(lines)
+    return f'\n<div class="{name}" data-search-exclude markdown="1">\n\n{inner}\n\n</div>\n\n'
+
+
+def with_head_and_foot(text: str, above: str, below: str) -> str:
+    """The page's Markdown with its head behind the title and its foot at the end."""
+    found = re.search(r"^# .*\n", text, re.MULTILINE)
+    at = found.end() if found else 0
+    return f"{text[:at]}{above}{text[at:].rstrip()}\n{below}"
+
+
+def cards(page: Page, shown: list[Page], suffixes: dict[str, str]) -> str:
+    """A grid of cards: title, description and time of each page."""
+    items = []
+    for other in shown:
+        minutes = other.meta.get("minutes")
+        facts = [f"{minutes} minutes"] if minutes else []
+        facts += ["trains on the page"] if other.meta.get("study") else []
+        items.append(
+            f"-   [**{title(other)}**]({to(page, other.stem, suffixes)})\n\n"
+            f"    {other.meta.get('description', '')}\n"
+            + (f"\n    {' · '.join(facts)}\n    {{ .fp-minutes }}\n" if facts else "")
+        )
+    return '<div class="grid cards" markdown="1">\n\n' + "\n".join(items) + "\n</div>"
+
+
+def topics(page: Page, pages: list[Page], suffixes: dict[str, str]) -> str:
+    """A card for each topic: its index page, and the titles of its pages."""
+    items = []
+    for index in pages:
+        topic = index.source.rpartition("/")[0]
+        if not topic or index.stem != f"{topic}/index":
+            continue
+        inside = [p for p in pages if p.stem.startswith(f"{topic}/") and p is not index]
+        names = " · ".join(f"[{title(p)}]({to(page, p.stem, suffixes)})" for p in inside)
+        items.append(
+            f"-   [**{title(index)}**]({to(page, index.stem, suffixes)})\n\n"
+            f"    {index.meta.get('description', '')}\n"
+            + (f"\n    {names}\n    {{ .fp-minutes }}\n" if names else "")
+        )
+    return '<div class="grid cards" markdown="1">\n\n' + "\n".join(items) + "\n</div>"
+
+
+def studies(page: Page, topic: str, pages: list[Page], proofs: list[dict], suffixes: dict) -> str:
+    """A table of a topic's pages with their key points and what they were found equal to."""
+    rows = ["| Model | Year | Key points | Equal to |", "|---|---|---|---|"]
+    for other in pages:
+        if not other.stem.startswith(f"{topic}/") or "key_points" not in other.meta:
+            continue
+        found = [p for p in proofs if p["page"] == other.source]
+        worst = max((p["difference"] for p in found), default=0.0)
+        names = sorted({f"{p['oracle']} {p['version']}" for p in found})
+        points = "; ".join(html.escape(str(point)) for point in other.meta["key_points"])
+        rows.append(
+            f"| [{title(other)}]({to(page, other.stem, suffixes)}) | {other.meta.get('year', '')} "
+            f"| {points} | {', '.join(names)}{f', to {worst:.0e}' if found else ''} |"
+        )
+    return "\n".join(rows)

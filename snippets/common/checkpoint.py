@@ -1,0 +1,235 @@
+"""Reads a checkpoint folder as published: config.json, *.safetensors, their index.
+
+Nothing is guessed and nothing skipped in silence. Pickle files are refused: reading one
+runs whatever code is in it (https://docs.python.org/3/library/pickle.html).
+"""
+
+import dataclasses
+import json
+import types
+import typing
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Keys of config.json that don't change what a model computes when it is evaluated.
+INERT = {
+    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
+    "is_llama_config", "label2id", "model_type", "pad_token_id", "pretraining_tp",
+    "return_dict", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache",
+}  # fmt: skip
+
+Config = TypeVar("Config")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder isn't what the model needs; says what, and in which file."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {path}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} isn't JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return found
+
+
+def read_config(
+    folder: str | Path, config_class: type[Config], *, model_types: tuple[str, ...]
+) -> Config:
+    """config.json as a config dataclass, whose fields are named like the file's keys.
+
+    A key without a field that could change the outputs is reported by a warning, not
+    fatal: configs gain keys over the years. RoPE's settings are read in both spellings,
+    `rope_theta` with `rope_scaling`, and `rope_parameters`.
+
+    Args:
+        folder: the checkpoint's folder.
+        config_class: a dataclass; its `__post_init__` raises ValueError for a value
+            that the model can't honour.
+        model_types: the values of `model_type` that the model takes.
+
+    Raises:
+        CheckpointError: a missing file or key, a value of the wrong type, or one that is
+            not supported.
+    """
+    path = Path(folder) / "config.json"
+    found = read_json(path)
+    model_type = found.get("model_type", model_types[0])
+    if model_type not in model_types:
+        raise CheckpointError(
+            f"{path}: model_type={model_type!r} isn't supported; this class reads "
+            f"{', '.join(map(repr, model_types))}"
+        )
+    found = old_rope_spelling(found, path)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    required = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in found]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}")
+    if found.get("quantization_config") and "quantization_config" not in fields:
+        raise CheckpointError(f"{path}: quantization_config isn't supported: full weights needed")
+    # What is null or false switches nothing on.
+    on = {key for key, value in found.items() if value is not None and value is not False}
+    if unknown := sorted(on - fields.keys() - INERT):
+        warnings.warn(f"{path}: not read: {', '.join(unknown)}", stacklevel=3)
+    hints = typing.get_type_hints(config_class)
+    values = {name: found[name] for name in fields if name in found}
+    for name, value in values.items():
+        if not is_a(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", hints[name])
+            raise CheckpointError(f"{path}: {name}={value!r} isn't of type {wanted}")
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def is_a(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON fits a field's type; an int also fits a float."""
+    if isinstance(hint, types.UnionType):
+        return any(is_a(value, part) for part in typing.get_args(hint))
+    if hint is Any:
+        return True
+    kind = typing.get_origin(hint) or hint
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def old_rope_spelling(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """`rope_parameters` (since transformers 5) as `rope_theta` with `rope_scaling`.
+
+    Raises:
+        CheckpointError: both spellings are there and contradict each other.
+    """
+    old = dict(config)
+    new = old.pop("rope_parameters", None)
+    if new is None:
+        return old
+    if not isinstance(new, Mapping):
+        raise CheckpointError(f"{path}: rope_parameters={new!r} isn't an object")
+    scaling = {key: value for key, value in new.items() if key != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    spelled = {"rope_scaling": None if plain else scaling}
+    if "rope_theta" in new:
+        spelled["rope_theta"] = new["rope_theta"]
+    for key, value in spelled.items():
+        if old.get(key) not in (None, value):
+            raise CheckpointError(
+                f"{path}: {key}={old[key]!r} contradicts rope_parameters={dict(new)!r}"
+            )
+    return old | spelled
+
+
+def weight_files(folder: str | Path) -> dict[str, Path]:
+    """Where each tensor is: its name to its file.
+
+    Raises:
+        CheckpointError: no safetensors file, a listed file or tensor that is absent, a
+            damaged file, or a tensor in two files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    index = folder / INDEX
+    listed = {}
+    if index.exists():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise CheckpointError(f"{index} has no weight_map")
+        files = [folder / name for name in sorted(set(listed.values()))]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(f"{index} lists files that are absent: {', '.join(absent)}")
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        refused = f"; {', '.join(pickles)}: pickle files can run code when read" if pickles else ""
+        raise CheckpointError(f"{folder} holds no *.safetensors{refused}")
+    found: dict[str, Path] = {}
+    for file in files:
+        for name in tensor_names(file):
+            if name in found:
+                raise CheckpointError(f"{name} is in {found[name].name} and in {file.name}")
+            found[name] = file
+    for name, file in listed.items():
+        if name not in found or found[name].name != file:
+            raise CheckpointError(f"{index} says that {name} is in {file}, and it isn't")
+    return found
+
+
+def tensor_names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or cut short: {error}") from None
+
+
+def read_tensors(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of a folder by name, in their dtype on disk unless another is chosen."""
+    by_file: dict[Path, list[str]] = {}
+    for name, file in weight_files(folder).items():
+        by_file.setdefault(file, []).append(name)
+    tensors = {}
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            for name in names:
+                tensor = opened.get_tensor(name)
+                floats = dtype is not None and tensor.is_floating_point()
+                tensors[name] = tensor.to(dtype) if floats else tensor
+    return tensors
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Give a model exactly these tensors, all of them; the model can be on `meta`.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or mis-shaped; lists them all. The
+            model keeps its own then.
+    """
+    wanted = model.state_dict()
+    troubles = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "mis-shaped": [
+            f"{name} is {tuple(tensors[name].shape)}, the config wants {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ],
+    }
+    found = [f"{kind}: {', '.join(names)}" for kind, names in troubles.items() if names]
+    if found:
+        raise CheckpointError(f"{source} doesn't fit {type(model).__name__}; {'; '.join(found)}")
+    model.load_state_dict(tensors, assign=True)
+
+
+def drop_tied_head(
+    tensors: dict[str, Tensor], head: str, embedding: str, *, source: str | Path
+) -> None:
+    """Remove the head's matrix where a file holds it besides the embedding it is tied to.
+
+    Raises:
+        CheckpointError: the two differ, so they aren't tied, whatever the config says.
+    """
+    kept = tensors.pop(head, None)
+    if kept is not None and not torch.equal(kept, tensors.get(embedding, kept)):
+        raise CheckpointError(
+            f"{source}: tie_word_embeddings is true, and {head} differs from {embedding}"
+        )

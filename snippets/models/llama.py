@@ -1,0 +1,197 @@
+"""Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783).
+
+A decoder-only transformer: RMSNorm before each layer, rotary positions, grouped-query
+attention, a gated MLP, no biases. Reads checkpoints of Llama 1 to 3 and of the many
+models of the same build, SmolLM2 for one.
+
+Axes: b batch, t token, s cached and new tokens, d hidden size, v vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from snippets.attention.gqa import GroupedQueryAttention
+from snippets.attention.kv_cache import KVCache, LayerCache
+from snippets.attention.scaled_dot_product import causal_mask
+from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
+from snippets.layers.rmsnorm import RMSNorm
+from snippets.layers.swiglu import ACTIVATIONS, GatedMLP
+from snippets.position.rope import inverse_frequencies, rope_table
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The keys of config.json that matter here; those with a default came in later.
+
+    Raises:
+        ValueError: a value that this model can't honour.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None  # Llama 1 has none: as many as query heads
+    head_dim: int | None = None  # hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048  # where training ended; not enforced
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"hidden_act={self.hidden_act!r} isn't supported; known: {known}")
+        scaling = self.rope_scaling or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope_scaling of type {kind!r} isn't supported; known: default")
+
+
+class LlamaLayer(nn.Module):
+    """h = x + attention(norm(x)); y = h + mlp(norm(h))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        norm = {"hidden_size": config.hidden_size, "eps": config.rms_norm_eps}
+        self.input_layernorm = RMSNorm(**norm)
+        self.self_attn = GroupedQueryAttention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+        )
+        self.post_attention_layernorm = RMSNorm(**norm)
+        self.mlp = GatedMLP(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            hidden_act=config.hidden_act,
+            bias=config.mlp_bias,
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        rotation: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "b 1 t s"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Token embeddings, the layers, the last norm: everything below the logits."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(hidden_size=config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b s"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        x = self.embed_tokens(input_ids)  # b t d
+        positions, mask = places(input_ids, attention_mask, 0 if cache is None else cache.length)
+        # Not a buffer: `.bfloat16()` would round it, `meta` would leave it empty.
+        inv_freq = inverse_frequencies(
+            head_dim=self.layers[0].self_attn.head_dim, rope_theta=self.config.rope_theta
+        )
+        rotation = rope_table(inv_freq.to(x.device), positions, x.dtype)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, rotation, mask, None if cache is None else cache[number])
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """A Llama that gives logits; parameters are named as in published checkpoints."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b s"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "b t v"]:
+        """Logits of the token that follows each of the t tokens.
+
+        Args:
+            input_ids: the tokens that come after those in the cache.
+            attention_mask: 1 for tokens and 0 for padding, over cached and new tokens.
+            cache: from `new_cache`; keys and values of the new tokens are added to it.
+
+        Raises:
+            ValueError: the attention mask isn't as long as cached and new tokens.
+        """
+        x = self.model(input_ids, attention_mask, cache)
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(x, head.weight)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache, for one batch of prompts."""
+        return KVCache([LayerCache() for _ in self.model.layers])
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Llama":
+        """Read a checkpoint folder: config.json and *.safetensors.
+
+        Args:
+            folder: as published; several files come with their index.
+            dtype: of the parameters; as on disk unless given.
+
+        Raises:
+            CheckpointError: what is missing, unexpected, mis-shaped, damaged or not
+                supported, by name and file.
+        """
+        config = read_config(folder, LlamaConfig, model_types=("llama",))
+        tensors = read_tensors(folder, dtype)
+        if config.tie_word_embeddings:
+            drop_tied_head(tensors, "lm_head.weight", "model.embed_tokens.weight", source=folder)
+        # Files of 2023 hold the rotary frequencies, which follow from the config.
+        tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, tensors, source=folder)
+        return model.eval()
+
+
+def places(
+    input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b s"] | None, past: int
+) -> tuple[Int[Tensor, "*b t"], Bool[Tensor, "b 1 t s"] | None]:
+    """Positions of the new tokens, and who may attend to whom; None is causal."""
+    b, t = input_ids.shape
+    s = past + t
+    if attention_mask is None:
+        return torch.arange(past, s, device=input_ids.device), None
+    if attention_mask.shape != (b, s):
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)}, for {b} sequences of "
+            f"{past} cached and {t} new tokens"
+        )
+    # Positions count tokens, not padding: with padding on the left a text starts at 0.
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # b t
+    allowed = causal_mask(t, s, device=input_ids.device) & attention_mask[:, None, None].bool()
+    return positions, allowed  # b 1 t s
