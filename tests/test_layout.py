@@ -12,7 +12,7 @@ TOPICS = [
     "peft", "quantization", "alignment", "distributed", "inference", "applications", "projects",
 ]  # fmt: skip
 # Pages that teach without a module of their own.
-WITHOUT_MODULE = {"index", "reference/verification"}
+WITHOUT_MODULE = {"index", "reference/tags", "reference/verification"}
 ALLOWED = {"torch", "jaxtyping", "snippets", "collections", "dataclasses", "math", "typing"}
 MODULES = sorted(
     path.relative_to(ROOT / "snippets").with_suffix("").as_posix()
