@@ -1,8 +1,8 @@
 """MkDocs hook: what the search knows about a page.
 
-Outputs are numbers and tables: they would drown the words, so they stay out. Names are found by
-their parts (the separator in mkdocs.yml), and those in camel case as one lower-case word too,
-as people type them: `rmsnorm` finds RMSNorm.
+Outputs are numbers and tables: they would drown the words, so they stay out. A name is one word
+to the search, so that `q_proj` does not find everything with a q. It is found by its later parts
+too: behind GroupedQueryAttention stand `queryattention` and `attention`, unseen.
 """
 
 import json
@@ -11,12 +11,14 @@ from pathlib import Path
 
 from mkdocs.plugins import event_priority
 
-OUTPUT = re.compile(r'<(div|img|figure) class="([^"]*\b(output|figure)\b[^"]*)"')
-CAMEL = re.compile(r"\b[A-Za-z0-9]+[A-Z][a-z][A-Za-z0-9]*\b")
+OUTPUT = re.compile(r'<(div|img) (?=class="[^"]*\b(output|figure)\b)')
+NAME = re.compile(r"\b[A-Za-z]\w*(_|[A-Z][a-z])\w*")
+PART = re.compile(r"(?<=_)[A-Za-z]|(?<=[^\W_])[A-Z](?=[a-z])|(?<=[a-z])[A-Z]")
+SHORTEST = 3  # letters of a part
 
 
 def on_page_content(html, page, config, files):
-    return OUTPUT.sub(r'<\1 data-search-exclude="" class="\2"', html)
+    return OUTPUT.sub(r'<\1 data-search-exclude="" ', html)
 
 
 @event_priority(-50)  # after the index is written, before `offline` copies it
@@ -25,19 +27,19 @@ def on_post_build(config):
     index = json.loads(path.read_text("utf-8"))
     for section in index["docs"]:
         for field in ("title", "text"):
-            section[field] = with_plain_names(section[field])
+            section[field] = with_parts(section[field])
     path.write_text(json.dumps(index, separators=(",", ":")), "utf-8")
 
 
-def with_plain_names(text: str) -> str:
-    """Each camel-case name, at its first place, followed by itself in lower case, unseen."""
+def with_parts(text: str) -> str:
+    """Each name, at its first place, followed by its later parts with all that comes after."""
     known = set()
 
-    def plain(match: re.Match) -> str:
-        name = match[0].lower()
-        if name in known:
-            return match[0]
-        known.add(name)
-        return f"{match[0]}<i hidden> {name}</i>"
+    def parts(match: re.Match) -> str:
+        name = match[0]
+        tails = [name[part.start() :].lower() for part in PART.finditer(name)]
+        new = [tail for tail in tails if len(tail) >= SHORTEST and tail not in known]
+        known.update(new)
+        return f"{name}<i hidden> {' '.join(new)}</i>" if new else name
 
-    return CAMEL.sub(plain, text)
+    return NAME.sub(parts, text)
