@@ -1,9 +1,16 @@
-"""Finds Chromium for the tests, or installs it: `python -m tests.browser`."""
+"""Chromium for the tests: finds it, starts it, and notes what goes wrong in its pages.
 
+`python -m tests.browser` installs it where it is missing.
+"""
+
+import contextlib
+import functools
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 FLAGS = [
@@ -24,6 +31,52 @@ def executable() -> str | None:
     with sync_playwright() as playwright:
         path = playwright.chromium.executable_path
     return path if Path(path).exists() else None
+
+
+@contextlib.contextmanager
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    path = executable()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def watched(context, base: str):
+    """A tab, and the list in which its errors, refusals and foreign requests gather."""
+    tab, troubles = context.new_page(), []
+
+    def note(what):
+        troubles.append(f"{tab.url.removeprefix(base)}: {what}")
+
+    tab.add_init_script(
+        "addEventListener('securitypolicyviolation',"
+        " e => console.error('refused by policy', e.violatedDirective, e.blockedURI))"
+    )
+    tab.on("console", lambda m: m.type in ("error", "warning") and note(m.text))
+    tab.on("pageerror", lambda error: note(str(error)))
+    tab.on("request", lambda r: r.url.startswith((base, "data:")) or note(f"asks {r.url}"))
+    tab.on("requestfailed", lambda r: note(f"failed: {r.url}"))
+    tab.on("response", lambda r: r.status >= 400 and note(f"{r.status}: {r.url}"))
+    return tab, troubles
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args): ...
+
+
+@contextlib.contextmanager
+def served(folder: Path):
+    """The folder's address on a local server."""
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
 
 
 def install() -> None:

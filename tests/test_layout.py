@@ -12,7 +12,7 @@ TOPICS = [
     "peft", "quantization", "alignment", "distributed", "inference", "applications", "projects",
 ]  # fmt: skip
 # Pages that teach without a module of their own.
-WITHOUT_MODULE = {"reference/verification", "reference/your_checkpoint"}
+WITHOUT_MODULE = {"reference/tags", "reference/verification", "reference/your_checkpoint"}
 ALLOWED = {"torch", "jaxtyping", "snippets", "collections", "dataclasses", "math", "typing"}
 MODULES = sorted(
     path.relative_to(ROOT / "snippets").with_suffix("").as_posix()

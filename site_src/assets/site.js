@@ -1,0 +1,40 @@
+/* What the theme leaves out for keyboards and screen readers. */
+const SCROLLING = {
+  ".md-typeset__scrollwrap": "Table",
+  ".output.table": "Table",
+  "div.arithmatex": "Formula",
+  ".highlight code": null, // text, and no group
+}
+
+/* A box that scrolls can be reached by keyboard, one that doesn't is no stop on the way. */
+function reach() {
+  for (const [boxes, label] of Object.entries(SCROLLING)) {
+    for (const box of document.querySelectorAll(boxes)) {
+      const scrolls = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight
+      box.toggleAttribute("data-scrolls", scrolls)
+      if (scrolls) {
+        box.tabIndex = 0
+        if (label) {
+          box.setAttribute("role", "group")
+          box.setAttribute("aria-label", label)
+        }
+      } else {
+        box.removeAttribute("tabindex")
+      }
+    }
+  }
+}
+
+/* The theme adds a landmark to each code block; a page with forty has none. */
+function quieten(root) {
+  for (const bar of root.querySelectorAll("nav.md-code__nav")) bar.setAttribute("role", "none")
+}
+
+document.querySelector(".md-search")?.setAttribute("aria-label", "Search")
+quieten(document)
+new MutationObserver((changes) => {
+  for (const { target } of changes) quieten(target)
+}).observe(document.querySelector("main"), { childList: true, subtree: true })
+reach()
+addEventListener("load", reach)
+addEventListener("resize", reach)

@@ -1,0 +1,267 @@
+"""Every address of the site in Chromium: on a desk and on a phone, light and dark, from disk too."""
+
+from pathlib import Path
+
+import axe_playwright_python
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser import chromium, served, watched
+
+ROOT = Path(__file__).parents[1]
+SHOTS = ROOT / "build/screenshots"
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text("utf-8")
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+SCHEMES = {"light": "default", "dark": "slate"}
+TALLEST = 3000  # pixels of a page in its picture
+# A page has thousands of coloured words, which take axe ten seconds. Those that look the same
+# are one case: one of each kind stays marked.
+ONE_OF_EACH_COLOUR = """() => {
+  const seen = new Set()
+  for (const word of document.querySelectorAll(".highlight code span")) {
+    const kind = word.className + " in " + word.closest(".highlight").className
+    if (seen.has(kind)) word.replaceWith(...word.childNodes)
+    seen.add(kind)
+  }
+}"""
+# KaTeX's glyphs are hidden from screen readers and have the colour of the text around them.
+RUN_AXE = """rules => axe.run(
+  { exclude: [".katex"] }, { runOnly: rules, resultTypes: ["violations"] }
+).then(done => done.violations.map(v => [v.id, v.nodes.map(n => n.target.join(" ")).slice(0, 3)]))"""
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    with served(site) as base:
+        yield base
+
+
+@pytest.fixture(scope="session")
+def pages(site) -> list[str]:
+    found = sorted(p.relative_to(site).as_posix() for p in site.rglob("*.html"))
+    assert "index.html" in found and "404.html" in found
+    return found
+
+
+@pytest.fixture
+def tab(browser, address):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab, troubles = watched(context, address)
+    yield tab
+    context.close()
+    assert not troubles, "\n".join(troubles)
+
+
+@pytest.fixture(scope="session")
+def lesson(site) -> str:
+    """A page with code, formulas and tables."""
+    return max(site.rglob("*.html"), key=lambda p: p.stat().st_size).relative_to(site).as_posix()
+
+
+def look(browser, base: str, pages: list[str], size: str, scheme: str, shots: Path) -> list[str]:
+    """What is wrong with the pages; a picture of each goes into `shots`."""
+    width, height = SIZES[size]
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    tab, troubles = watched(context, base)
+    for name in pages:
+        tab.goto(base + name)
+        wide, tall = tab.evaluate(
+            "(({ scrollWidth: w, scrollHeight: h }) => [w, h])(document.documentElement)"
+        )
+        if wide > width:
+            troubles.append(f"{name}: scrolls sideways by {wide - width} px")
+        shown = tab.evaluate("document.body.getAttribute('data-md-color-scheme')")
+        if shown != SCHEMES[scheme]:
+            troubles.append(f"{name}: colour scheme {shown}")
+        clip = {"x": 0, "y": 0, "width": width, "height": min(tall, TALLEST)}
+        tab.screenshot(path=shots / picture(name, size, scheme), full_page=True, clip=clip)
+        if (size, scheme) == ("phone", "dark"):
+            continue  # axe has seen the dark colours on the desk, and the phone's boxes in light
+        tab.evaluate(ONE_OF_EACH_COLOUR)
+        tab.evaluate(AXE)
+        for rule, places in tab.evaluate(RUN_AXE, RULES):
+            troubles.append(f"{name}: axe {rule}: {places}")
+    context.close()
+    return troubles
+
+
+def picture(name: str, size: str, scheme: str) -> str:
+    return f"{name.removesuffix('.html').replace('/', '-')}-{size}-{scheme}.png"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_address(browser, address, pages, size, scheme):
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    troubles = look(browser, address, pages, size, scheme, SHOTS)
+    rows = [f"{p} " + " ".join(picture(p, z, s) for z in SIZES for s in SCHEMES) for p in pages]
+    (SHOTS / "index.txt").write_text("\n".join(rows) + "\n")
+    assert not troubles, "\n".join(troubles)
+
+
+def test_the_look_sees_what_is_wrong(browser, tmp_path):
+    head = "<!doctype html><html lang=en><meta charset=utf-8><title>Wrong</title>"
+    policy = "<meta http-equiv=Content-Security-Policy content=\"script-src 'none'\">"
+    wrong = {
+        "asks http://127.0.0.1:9/": "<img alt=x src=http://127.0.0.1:9/x.png>",
+        "404": "<script src=nowhere.js></script>",
+        "is not a function": "<script>document.nothing()</script>",
+        "refused by policy script-src": f"{policy}<script>1</script>",
+        "scrolls sideways": "<div style='width:2000px'>wide</div>",
+        "axe image-alt": "<img src=data:,>",
+        "axe color-contrast": "<p style='color:#bbb'>pale</p>",
+        "colour scheme": "<p>no theme</p>",
+    }
+    for number, body in enumerate(wrong.values()):
+        (tmp_path / f"{number}.html").write_text(f"{head}{body}")
+    with served(tmp_path) as base:
+        names = [f"{number}.html" for number in range(len(wrong))]
+        troubles = look(browser, base, names, "desktop", "light", tmp_path)
+    for number, words in enumerate(wrong):
+        mine = [t for t in troubles if t.startswith(f"{number}.html")]
+        assert any(words in t for t in mine), (words, mine)
+    assert len(list(tmp_path.glob("*.png"))) == len(wrong)
+
+
+def test_the_copy_button_copies_the_code(tab, address, lesson):
+    tab.goto(address + lesson)
+    block = tab.locator(".highlight:not(.output)").first
+    block.scroll_into_view_if_needed()
+    block.locator("button[data-md-type=copy], button.md-clipboard").click()
+    expect(tab.locator(".md-dialog--active")).to_be_visible()
+    copied = tab.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() == block.locator("code").inner_text().strip() and "import" in copied
+
+
+def test_the_dark_mode_stays(tab, address, lesson):
+    def scheme():
+        return tab.evaluate("document.body.getAttribute('data-md-color-scheme')")
+
+    tab.goto(address + lesson)
+    before = scheme()
+    tab.locator("label[for^=__palette]:visible").click()
+    after = scheme()
+    assert {before, after} == set(SCHEMES.values())
+    tab.reload()
+    assert scheme() == after
+    tab.goto(address + "index.html")
+    assert scheme() == after
+
+
+def search(tab, words: str) -> list[str]:
+    """The addresses of the first results."""
+    box, results = tab.locator(".md-search__input"), tab.locator(".md-search-result__link")
+    box.click()
+    box.fill("")
+    box.press("End")  # the theme listens to keys
+    expect(results).to_have_count(0)
+    box.fill(words)
+    box.press("End")
+    expect(results.first).to_be_attached()
+    return [a.get_attribute("href") for a in results.all()[:3]]
+
+
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_the_search_finds_names_and_their_parts(browser, site, address, scheme):
+    base = address if scheme == "http" else f"{site.as_uri()}/"
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab, troubles = watched(context, base)
+    tab.goto(base + "index.html")
+    for words, page in {
+        "RMSNorm": "layers/rmsnorm.html",
+        "rmsnorm": "layers/rmsnorm.html",
+        "UnitOffset": "layers/rmsnorm.html",
+        "q_proj": "attention/",
+        "repeat_interleave": "attention/gqa.html",
+        "scaled_dot_product_attention": "attention/gqa.html",
+        "dot_product": "attention/gqa.html",
+        "QueryAttention": "attention/gqa.html",
+    }.items():
+        assert any(page in found for found in search(tab, words)), words
+    context.close()
+    assert not troubles, "\n".join(troubles)
+
+
+def test_links_lead_on_from_disk(browser, site, pages):
+    base = f"{site.as_uri()}/"
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab, troubles = watched(context, base)
+    reached, waiting = set(), ["index.html"]
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        tab.goto(base + name)
+        links = tab.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)")
+        inside = {a.removeprefix(base).partition("#")[0] for a in links if a.startswith(base)}
+        assert inside <= {*pages, *(p.relative_to(site).as_posix() for p in site.rglob("*"))}
+        waiting += [n for n in inside if n.endswith(".html") and n not in {*reached, *waiting}]
+    context.close()
+    assert reached == set(pages) - {"404.html"}  # the server's page: its addresses are absolute
+    assert not troubles, "\n".join(troubles)
+
+
+def test_the_keyboard_shows_where_it_is(tab, address, lesson):
+    tab.goto(address + lesson)
+    unseen, stops = [], set()
+    for _ in range(40):
+        tab.keyboard.press("Tab")
+        place, outline = tab.evaluate(
+            """() => {
+              const box = document.activeElement
+              const seen = box.matches(".md-option") ? box.nextElementSibling : box
+              const style = getComputedStyle(seen)
+              return [box.outerHTML.slice(0, 90), style.outlineStyle + style.outlineWidth]
+            }"""
+        )
+        stops.add(place)
+        if outline != "solid2px":
+            unseen.append((place, outline))
+    assert len(stops) > 30 and not unseen
+
+
+def test_what_scrolls_is_reached_by_keyboard(tab, address, lesson):
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.goto(address + lesson)
+    boxes = tab.locator("[data-scrolls]")
+    assert boxes.count() > 3
+    assert {box.get_attribute("tabindex") for box in boxes.all()} == {"0"}
+
+
+def test_nothing_moves_for_those_who_ask(browser, address):
+    moving = """[...document.querySelectorAll("*")].filter(e =>
+      getComputedStyle(e).transitionDuration.split(", ").some(d => parseFloat(d) > 0)).length"""
+    counts = {}
+    for motion in ("reduce", "no-preference"):
+        tab = browser.new_page(reduced_motion=motion)
+        tab.goto(address)
+        counts[motion] = tab.evaluate(moving)
+        tab.close()
+    assert counts["reduce"] == 0 < counts["no-preference"]
+
+
+def test_eighty_columns_fit_beside_both_sidebars(tab, address, lesson):
+    tab.goto(address + lesson)
+    columns = tab.evaluate(
+        """() => {
+          const code = document.querySelector(".highlight:not(.output) code")
+          const ruler = document.createElement("span")
+          ruler.textContent = "0".repeat(100)
+          code.append(ruler)
+          const style = getComputedStyle(code)
+          const inside = code.clientWidth - 2 * parseFloat(style.paddingLeft)
+          return 100 * inside / ruler.getBoundingClientRect().width
+        }"""
+    )
+    assert columns >= 80
+    assert tab.locator(".md-sidebar--primary").is_visible()
+    assert tab.locator(".md-sidebar--secondary").is_visible()
