@@ -1,6 +1,9 @@
 """Shared by all tests: shapes of `snippets` are checked while they run."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -15,3 +18,14 @@ def one_thread():
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """The real site, built once for all tests of a process."""
+    folder = tmp_path_factory.mktemp("built") / "site"
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

@@ -170,7 +170,12 @@ def main() -> None:
         with browser(folder, Path("build")) as render:
             for diagram in missing:
                 try:
-                    svg = render(f"m{diagram.name}", plain(diagram.source), diagram.title, diagram.description)
+                    svg = render(
+                        f"m{diagram.name}",
+                        plain(diagram.source),
+                        diagram.title,
+                        diagram.description,
+                    )
                 except RenderFailed as error:
                     refused.append(f"{diagram.place}: {error}")
                     continue

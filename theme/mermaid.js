@@ -46,7 +46,7 @@ const rounded = (text) => text.replace(/-?\d*\.\d+(e-?\d+)?/g, number);
 const attributes = (list) => Object.entries(list).map(([k, v]) => ` ${k}="${escaped(v)}"`).join("");
 
 function colour(value, element) {
-  if (value === "none" || value.endsWith(", 0)")) return "none";
+  if (value === "none" || /^rgba.*, 0\)$/.test(value)) return "none";
   if (value in colours) return colours[value];
   throw Error(`<${element.tagName}> has the colour ${value}, which is none of the site's`);
 }
@@ -78,7 +78,7 @@ const different = (now, from) => Object.fromEntries(Object.entries(now).filter((
 function place(element) {
   const { a, b, c, d, e, f } = element.ownerSVGElement.getScreenCTM().inverse().multiply(element.getScreenCTM());
   const still = Math.abs(a - 1) + Math.abs(b) + Math.abs(c) + Math.abs(d - 1) < 1e-6;
-  return { x: e, y: f, turned: still ? null : `matrix(${[a, b, c, d, e, f].map((v) => +v.toFixed(3)).join(" ")})` };
+  return { x: +number(e), y: +number(f), turned: still ? null : `matrix(${[a, b, c, d, e, f].map((v) => +v.toFixed(3)).join(" ")})` };
 }
 
 function shape(element) {
@@ -88,6 +88,7 @@ function shape(element) {
     const value = element.getAttribute(key);
     if (value && value !== "0") list[key] = rounded(value);
   }
+  if (list.d && doubled(element.parentNode)) list.d += "Z"; // the filling leaves a side open
   const now = different(paint(element), ROOT);
   if (now.fill === "none" && !now.stroke) return [];
   if (tag === "rect" && !(element.width.baseVal.value && element.height.baseVal.value)) return [];
@@ -101,7 +102,7 @@ function shape(element) {
   else if (tag === "rect") shift(["x"], x), shift(["y"], y);
   else if (tag === "circle" || tag === "ellipse") shift(["cx"], x), shift(["cy"], y);
   else if (tag === "line") shift(["x1", "x2"], x), shift(["y1", "y2"], y);
-  else if (x || y) list.transform = `translate(${number(x)} ${number(y)})`;
+  else if (x || y) list.transform = `translate(${x} ${y})`;
   return [{ tag, list, now }];
 }
 
@@ -130,6 +131,9 @@ function words(node, from) {
   }).join("");
 }
 
+// Round shapes come as a filling and an outline of the same form: one of them is enough.
+const doubled = (element) => element.matches(".outer-path") && element.children.length === 2;
+
 // All that is seen, from back to front, without the tree around it.
 function* seen(element) {
   const tag = element.tagName;
@@ -140,14 +144,13 @@ function* seen(element) {
   if (tag === "marker") {
     const used = `[marker-start="url(#${element.id})"], [marker-end="url(#${element.id})"]`;
     if (!element.ownerSVGElement.querySelector(used)) return;
-    const list = Object.fromEntries(MARKER.map((key) => [key, element.getAttribute(key)]));
+    const present = MARKER.filter((key) => element.hasAttribute(key));
+    const list = Object.fromEntries(present.map((key) => [key, element.getAttribute(key)]));
     yield { tag, list, now: {}, inside: drawn([...element.children].flatMap(shape)) };
   } else if (tag in SHAPES) yield* shape(element);
   else if (tag === "text") yield* text(element);
   else if (["svg", "g", "defs"].includes(tag)) {
-    // Round shapes come as a filling and an outline of the same form: one of them is enough.
-    const twice = element.matches(".outer-path") && element.children.length === 2;
-    for (const child of twice ? [element.children[0]] : element.children) yield* seen(child);
+    for (const child of doubled(element) ? [element.children[0]] : element.children) yield* seen(child);
   } else throw Error(`<${tag}> in the diagram, which can't be shown`);
 }
 

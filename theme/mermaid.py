@@ -8,7 +8,6 @@ mermaid's SVG to what is seen. An edit of either file renders all diagrams again
 import base64
 import hashlib
 import io
-import json
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -19,7 +18,8 @@ from playwright.sync_api import Error, sync_playwright
 
 PACKAGE = "mermaid@11.17.2"
 INTEGRITY = (
-    "sha512-V6K3C8EBdEsPFZXSKMJe6ppQOENxuHARr9GvHX4hh47lAbhMRD9qf4oEK7LoaRQxULMa80/qt5gHO73aCleBBg=="
+    "sha512-V6K3C8EBdEsPFZXSKMJe6ppQOENxuHARr9GvHX4hh47l"
+    "AbhMRD9qf4oEK7LoaRQxULMa80/qt5gHO73aCleBBg=="
 )
 # What a node is: authors write `x:::hidden`.
 KINDS = ("tokens", "hidden", "weights", "cache", "logits", "op")
@@ -37,7 +37,8 @@ THEME = {
         labelBoxBkgColor""",
     "node-line": """primaryBorderColor nodeBorder actorBorder stateBorder activationBorderColor
         labelBoxBorderColor""",
-    "group": "secondaryColor tertiaryColor clusterBkg noteBkgColor compositeBackground altBackground",
+    "group": """secondaryColor tertiaryColor clusterBkg noteBkgColor compositeBackground
+        altBackground""",
     "group-line": "secondaryBorderColor tertiaryBorderColor clusterBorder noteBorderColor",
 }
 CONFIG = {
@@ -49,6 +50,7 @@ CONFIG = {
     }
     | {"fontSize": "14px"},
     "fontFamily": "Inter",
+    "fontSize": 14,
     "htmlLabels": False,
     "markdownAutoWrap": False,
     "flowchart": {
@@ -59,9 +61,20 @@ CONFIG = {
         "diagramPadding": 4,
         "useMaxWidth": False,
     },
+    "sequence": {"height": 40, "useMaxWidth": False},
     # A diagram that brings its own colours would not follow the scheme.
-    "secure": ["secure", "securityLevel", "startOnLoad", "theme", "themeVariables", "themeCSS"]
-    + ["fontFamily", "htmlLabels", "look"],
+    "secure": [
+        "secure",
+        "securityLevel",
+        "startOnLoad",
+        "theme",
+        "themeVariables",
+        "themeCSS",
+        "fontFamily",
+        "fontSize",
+        "htmlLabels",
+        "look",
+    ],
 }
 FONTS = {"Inter": "inter-latin", "JetBrains Mono": "jetbrains-mono-latin"}
 SHAPES = ":is(rect,path,polygon,circle,ellipse)"
@@ -128,7 +141,8 @@ def browser(pages: Path, build: Path) -> Iterator[Callable[[str, str, str, str],
             try:
                 return tab.evaluate("diagram => render(...diagram)", diagram)
             except Error as error:
-                raise RenderFailed(error.message.partition("Error: ")[2].partition("\n    at ")[0])
+                said = error.message.partition("Error: ")[2] or error.message
+                raise RenderFailed(said.partition("\n    at ")[0]) from None
 
         yield render
         chromium.close()
