@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve build test bench lint clean browser
+.PHONY: help serve build diagrams test bench lint clean browser
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -14,6 +14,10 @@ serve: $(VENV)/installed
 ## build   the site into site/, strict
 build: $(VENV)/installed
 	$(BIN)/mkdocs build --strict
+
+## diagrams  render the diagrams that were added or edited, delete the unused ones
+diagrams: browser
+	$(BIN)/python -m theme.diagrams
 
 ## test    install what the tests need, then run all of them
 test: lint browser

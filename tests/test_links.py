@@ -17,7 +17,10 @@ def check(site: Path) -> list[str]:
         command = [sys.executable, "-m", "linkcheck", "-f", str(config), "--no-status", "-o", "csv"]
         names = [p.relative_to(site).as_posix() for p in sorted(site.rglob("*.html"))]
         done = subprocess.run(
-            [*command, *(base + name for name in names)], capture_output=True, text=True, check=False
+            [*command, *(base + name for name in names)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     rows = [row for row in done.stdout.splitlines() if row and not row.startswith("#")]
     assert rows and rows[0].startswith("urlname;"), done.stdout + done.stderr

@@ -44,5 +44,7 @@ def on_post_build(config):
         page = path.read_text("utf-8")
         if page.count(FIRST) != 1:
             log.warning(f"{path.relative_to(config.site_dir)} has no place for its policy: {FIRST}")
-        meta = f'<meta http-equiv="Content-Security-Policy" content="{policy(page, inline=serving)}">'
+        meta = (
+            f'<meta http-equiv="Content-Security-Policy" content="{policy(page, inline=serving)}">'
+        )
         path.write_text(page.replace(FIRST, f"{FIRST}\n      {meta}", 1), "utf-8", newline="\n")

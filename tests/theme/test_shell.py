@@ -83,7 +83,9 @@ def test_every_page_has_a_strict_policy(site):
     assert "404.html" in [p.name for p in pages]
     for path in pages:
         page = path.read_text("utf-8")
-        (content,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)
+        (content,) = re.findall(
+            r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page
+        )
         rules = dict(rule.split(" ", 1) for rule in content.split("; "))
         assert rules.pop("script-src").startswith("'self' 'sha256-")
         assert rules == {
@@ -140,7 +142,7 @@ def test_an_unknown_family_fails_the_build(shell):
 
 
 def test_a_mermaid_fence_fails_the_build(shell):
-    fence = 'pymdownx.superfences:\n      custom_fences:\n        - {name: mermaid, class: mermaid'
+    fence = "pymdownx.superfences:\n      custom_fences:\n        - {name: mermaid, class: mermaid"
     shell.edit("mkdocs.yml", "pymdownx.superfences", fence + "}")
     shell.page("a.md", "# A\n\n```mermaid\ngraph LR\n  A --> B\n```")
     code, output = shell.build()

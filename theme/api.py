@@ -1,0 +1,140 @@
+"""MkDocs hook: an API page for each topic of `snippets/`, for mkdocstrings to fill.
+
+The Markdown is made here, so that a new module appears without an entry anywhere. The
+docstrings are read statically; no module is imported.
+"""
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+from mkdocs.structure.files import File
+from mkdocs.utils import meta
+
+from site_build.options import stems
+from theme import signatures
+
+INDEX = "reference/api/index.md"  # the entry in the navigation that the topics join
+
+HEAD = """---
+title: API
+description: Every class and function of the modules, with shapes
+---
+
+# API
+
+The modules of all pages, from their docstrings. A letter in a shape, as in
+`Float[Tensor, "b t d"]`, is explained by the axes at the head of its module.
+"""
+
+
+def modules(root: Path) -> dict[str, list[str]]:
+    """Topic: its modules, as paths below `snippets/` without suffix."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((root / "snippets").glob("*/**/*.py")):
+        if path.name != "__init__.py":
+            module = path.relative_to(root / "snippets").with_suffix("").as_posix()
+            found.setdefault(module.partition("/")[0], []).append(module)
+    return found
+
+
+def in_order(topics: dict[str, list[str]], pages: list[str]) -> dict[str, list[str]]:
+    """The same in the order of the navigation; what has no page comes last."""
+
+    def rank(module: str) -> tuple[int, str]:
+        return (pages.index(module) if module in pages else len(pages), module)
+
+    ordered = {topic: sorted(group, key=rank) for topic, group in topics.items()}
+    return dict(sorted(ordered.items(), key=lambda item: rank(item[1][0])))
+
+
+def with_topics(nav, topics: list[str]):
+    """The navigation with the topics' pages below the index."""
+    if isinstance(nav, list):
+        return [with_topics(item, topics) for item in nav]
+    if isinstance(nav, dict):
+        return {title: with_topics(item, topics) for title, item in nav.items()}
+    return [INDEX, *map(address, topics)] if nav == INDEX else nav
+
+
+def address(topic: str) -> str:
+    return INDEX.replace("index", topic)
+
+
+def title(topic: str) -> str:
+    return topic.replace("_", " ").capitalize()
+
+
+def summary(path: Path) -> str:
+    """The first paragraph of a module's docstring, without the stop."""
+    text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split()).removesuffix(".")
+
+
+def heading(page: File) -> str:
+    """How a page calls itself."""
+    text, data = meta.get_data(page.content_string)
+    first = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return data.get("title") or (first[1] if first else Path(page.src_uri).stem)
+
+
+def index_page(root: Path, topics: dict[str, list[str]]) -> str:
+    parts = [HEAD]
+    for topic, group in topics.items():
+        parts.append(f"## [{title(topic)}]({topic}.md)\n")
+        for module in group:
+            name, about = module.partition("/")[2], summary(root / f"snippets/{module}.py")
+            link = f"[`{name}`]({topic}.md#snippets.{module.replace('/', '.')})"
+            parts.append(f"- {link}: {about}")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def topic_page(root: Path, topic: str, group: list[str], pages: dict[str, File]) -> str:
+    parts = [f"---\ntitle: {title(topic)}\n---\n\n# {title(topic)}\n"]
+    for module in group:
+        name = f"snippets.{module.replace('/', '.')}"
+        label = module.partition("/")[2]
+        parts.append(f'## `{name}` {{ #{name} .api-module data-toc-label="{label}" }}\n')
+        if module in pages:
+            page = pages[module]
+            parts.append(f"Taught and proved on [{heading(page)}](../../{page.src_uri}).\n")
+        parts.append(f"::: {name}\n")
+        parts.append(folded(root / f"snippets/{module}.py", f"snippets/{module}.py"))
+    return "\n".join(parts)
+
+
+def folded(path: Path, name: str) -> str:
+    """A module's source, folded; search finds it on the module's own page."""
+    code = path.read_text("utf-8").rstrip()
+    text = f"``````{{ .python data-search-exclude }}\n{code}\n``````"
+    return f'??? quote "Source: {name}"\n\n' + textwrap.indent(text, "    ") + "\n"
+
+
+def on_config(config):
+    signatures.install()
+    topics = in_order(modules(Path(config.config_file_path).parent), stems(config.nav))
+    config.nav = with_topics(config.nav, list(topics))
+    return config
+
+
+def on_files(files, config):
+    root = Path(config.config_file_path).parent
+    topics = in_order(modules(root), stems(config.nav))
+    pages = {file.src_uri.rpartition(".")[0]: file for file in files.documentation_pages()}
+    files.append(File.generated(config, INDEX, content=index_page(root, topics)))
+    for topic, group in topics.items():
+        content = topic_page(root, topic, group, pages)
+        files.append(File.generated(config, address(topic), content=content))
+    return files
+
+
+def on_page_content(html, page, config, files):
+    """Methods stay out of the table of contents: it lists classes and functions."""
+    if page.file.src_uri.startswith(INDEX.removesuffix("index.md")):
+        for module in page.toc:
+            for topic in module.children:
+                for member in topic.children:
+                    member.children = []
+    return html
