@@ -28,7 +28,7 @@ UNUSED = re.compile(r"assets/(.*\.map|javascripts/lunr/.*)")
 
 def on_files(files, config):
     for file in list(files):
-        if UNUSED.fullmatch(file.src_uri) and not file.src_dir == config.docs_dir:
+        if UNUSED.fullmatch(file.src_uri) and file.src_dir != config.docs_dir:
             files.remove(file)
     for pattern, old, count, new in CHANGES:
         found = [file for file in files if fnmatch(file.src_uri, pattern)]
