@@ -1,12 +1,12 @@
 """Rotary position embedding, RoPE (Su et al. 2021, arXiv:2104.09864).
 
-Queries and keys are cut into pairs of features, and pair i of the token at position p
-is turned by the angle p θ^(-2i/k). A score then depends on positions only through
-their difference. Values are not turned.
+Queries and keys are cut into pairs of features, and pair i of the token at
+position p is turned by the angle p θ^(-2i/k). A score then depends on positions
+only through their difference. Values are not turned.
 
 Which features are a pair is a convention. `rotate` has the half layout of Llama
-checkpoints on Hugging Face, `rotate_interleaved` the paper's; weights go from one to the
-other by a permutation of rows.
+checkpoints on Hugging Face, `rotate_interleaved` the paper's; weights go from
+one to the other by a permutation of rows.
 
 Axes: b batch, h head, t token, k head dim, f frequency (k = 2 f), d hidden size.
 """
@@ -37,11 +37,11 @@ def rope_table(
 ) -> tuple[Float[Tensor, "*b t f"], Float[Tensor, "*b t f"]]:
     """cos and sin of p times each inverse frequency, for each position p.
 
-    Positions are those of the tokens in their sequences, so they start at the length of
-    the cache where there is one.
+    Positions are those of the tokens in their sequences: behind a cache they
+    start at its length.
     """
-    # In bfloat16 position 257 is 256, and an angle near 1000 is known to 4 radians.
-    # Round what can bear it: cosine and sine, not the angle.
+    # In bfloat16 position 257 is 256, and angles near 1000 are 4 radians apart.
+    # So only cosine and sine, which can bear it, are rounded.
     angles = positions[..., None].float() * inv_freq.float()  # *b t f
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -53,7 +53,8 @@ def rotate(
 ) -> Float[Tensor, "b h t k"]:
     """Turn queries or keys in the half layout: feature i pairs with i + k/2.
 
-    The tables are (t f), the same positions for all sequences, or (b t f).
+    The tables are (t f), the same positions for all sequences, or (b t f), in
+    the dtype of x: wider ones would widen the result.
 
     Raises:
         ValueError: the tables aren't for these tokens or this head dim.
@@ -83,8 +84,8 @@ def half_from_interleaved(
 ) -> Float[Tensor, "hk ..."]:
     """Reorder the rows of a query or key projection, or its bias, for `rotate`.
 
-    In each head, row 2i + j becomes row i + j k/2. With both projections reordered, the
-    scores of `rotate` are those that `rotate_interleaved` had before.
+    In each head, row 2i + j becomes row i + j k/2. With both projections
+    reordered, `rotate` gives the scores that `rotate_interleaved` gave before.
 
     Raises:
         ValueError: the rows don't divide into heads of an even head_dim.
@@ -109,8 +110,10 @@ def over_heads(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     b, _, t, k = x.shape
     refuse_odd(k)
     for table in (cos, sin):
-        if table.shape[-2:] != (t, k // 2) or table.shape[:-2] not in ((), (1,), (b,)):
-            raise ValueError(f"x of shape {tuple(x.shape)}, table {tuple(table.shape)}")
+        sequences, sizes = table.shape[:-2], table.shape[-2:]
+        if sizes != (t, k // 2) or sequences not in ((), (1,), (b,)):
+            shapes = f"{tuple(x.shape)}, table {tuple(table.shape)}"
+            raise ValueError(f"x of shape {shapes}")
     return cos.unsqueeze(-3), sin.unsqueeze(-3)  # 1 t f, or b 1 t f
 
 
