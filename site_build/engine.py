@@ -14,10 +14,13 @@ from functools import cache
 from pathlib import Path
 
 from .cache import Cache, Present, code_hash, environment, write_atomically
+from .notebook import notebook_links
 from .options import Options
 from .outputs import normalize
 from .pages import Page, SourceError, read_page
+from .publish import commit
 from .render import RenderError, Site, executed_notebook, render
+from .source import FlattenError
 
 WALL_PER_CPU = 10  # a page's wall-clock limit, in budgets of CPU seconds
 NOTHING = {
@@ -305,7 +308,16 @@ class Engine:
 
         `shown` are problems to be shown on their pages.
         """
-        site = Site(self.root, self.suffixes, self.proofs(pages), problems=list(shown))
+        licence = self.root / "LICENSE"
+        site = Site(
+            self.root,
+            self.suffixes,
+            self.proofs(pages),
+            problems=list(shown),
+            options=self.options,
+            commit=commit(self.root),
+            licence=licence.read_text("utf-8") if licence.is_file() else "",
+        )
         self.suffixes.clear()
         for page in pages:
             classic = page.meta.get("notebook", self.options.notebooks) == "classic"
@@ -316,8 +328,9 @@ class Engine:
             entry, suffix = self.entries.get(page.source), self.suffixes[page.stem]
             draw = executed_notebook if suffix == "ipynb" else render
             try:
+                site.links[page.source] = notebook_links(page, entry, site)
                 text = draw(page, entry, site)
-            except RenderError as error:
+            except (RenderError, FlattenError) as error:
                 problems.append(self.at(page, error.cell, 1, str(error)))
                 text = f'{page.front_matter}\n!!! failure "{error}"\n'
             site.files[f"{page.stem}.{suffix}"] = text.encode()

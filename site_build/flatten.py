@@ -500,15 +500,14 @@ def carried(site, path: str) -> str:
         name for name in NEEDED if re.search(rf"^\s*(from|import) {name}", text, re.M)
     )
     head = [f"{path} as one file, with all that it imports of its project."]
-    head += [f"It needs {needs or 'no package'}.", "", f"Source: {site.address_of(path)}"]
+    head += [f"It needs {needs or 'no package'}.", "", f"Source: {site.source_address(path)}"]
     head += [f"Commit: {site.commit[0][:10]} of {site.commit[1]}"] * bool(site.commit)
     for proof in site.proofs:
         if proof["module"] == path:
             config = ", ".join(f"{key}={value}" for key, value in proof["config"].items())
-            head.append(f"Equal to {proof['oracle']} {proof['version']} ({config}): largest")
-            head.append(
-                f"  difference {proof['difference']:.2g}, tolerance {proof['tolerance']:.2g}"
-            )
+            head.append(f"Equal to {proof['oracle']} {proof['version']} with {config}:")
+            numbers = f"{proof['difference']:.2g}, tolerance {proof['tolerance']:.2g}"
+            head.append(f"  largest difference {numbers}")
     licence = site.licence.splitlines()
     if licence:
         head += [*[line for line in licence if line.startswith("Copyright")]]

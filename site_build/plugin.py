@@ -66,6 +66,7 @@ class PagesPlugin(BasePlugin):
             markdown.Markdown(**extensions).convert("```python\nx\n```")
 
         source = Path(config.docs_dir)
+        self.config = self.config.at(config.site_url, config.repo_url)
         self.site = Path(config.site_dir).absolute()
         if self.serving:
             self.folder = Path(tempfile.mkdtemp(prefix="forward-pass-"))

@@ -6,8 +6,10 @@ renamed to `.<site>.ready`; from there on the swap only goes forward: the site m
 folder finishes the swap, so a kill at any moment leaves either site whole.
 """
 
+import contextlib
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 
@@ -41,3 +43,13 @@ def finish(site: Path) -> None:
             os.rename(site, old)
         os.rename(ready, site)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def commit(root: Path) -> tuple[str, str] | None:
+    """The project's commit and its date, if it is under git."""
+    git = ["git", "-C", str(root), "log", "-1", "--format=%H %cs"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return tuple(done.stdout.split())
+    return None

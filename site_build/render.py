@@ -10,7 +10,10 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .flatten import carried
+from .options import Options
 from .pages import Cell, Page, fence_info
+from .source import FlattenError
 
 SHOW = re.compile(r"^(?P<indent>[ \t]*)<!-- show: *(?P<what>.*?) *-->[ \t]*$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s#]+)\.(ipynb|md)(?=[)#\s])")
@@ -32,7 +35,21 @@ class Site:
     suffixes: dict[str, str]  # page without suffix: the one it is published with
     proofs: list[dict]
     problems: list[str]  # shown at the head of their pages
+    options: Options = field(default_factory=Options)
+    commit: tuple[str, str] | None = None  # hash and date
+    licence: str = ""
+    links: dict[str, list[str]] = field(default_factory=dict)  # page: what can be carried away
     files: dict[str, bytes] = field(default_factory=dict)  # to be written beside the pages
+
+    def page_address(self, stem: str) -> str:
+        folder = stem.removesuffix("index").rstrip("/")
+        return self.options.site_url + (folder and f"{folder}/")
+
+    def source_address(self, path: str) -> str:
+        """Of a file of the project at this commit; its path where there is no repository."""
+        if not self.options.repo_url or not self.commit:
+            return path
+        return f"{self.options.repo_url.rstrip('/')}/blob/{self.commit[0]}/{path}"
 
 
 def render(page: Page, entry: dict | None, site: Site) -> str:
@@ -55,6 +72,8 @@ def render(page: Page, entry: dict | None, site: Site) -> str:
             trace = fence(error.get("traceback") or error["message"], "pytb")
             blocks.append(box('failure "This cell failed"', trace))
         text.append("\n\n" + indent("\n\n".join(blocks), part.indent) + "\n\n")
+    if links := site.links.get(page.source):
+        text.append(f"\n\n{' · '.join(links)}\n{{ .page-links }}\n")
     return re.sub(r"\n{3,}", "\n\n", "".join(text)) if page.cells else "".join(text)
 
 
@@ -166,11 +185,27 @@ def render_show(what: str, page: Page, site: Site) -> str:
     if (site.root / test).is_file():
         site.files[test] = (site.root / test).read_bytes()
         links.append(f"[Test]({up}{test})")
+    if what.startswith("snippets/"):
+        links.append(f"[One file]({up}{one_file(what, site)}){{ .one-file download={path.name} }}")
     code = path.read_text("utf-8").rstrip()
     return (
         fence(code, f'python title="{what}"', bare=True)
         + f"\n\n{' · '.join(links)}\n{{ .module-links }}"
     )
+
+
+def one_file(module: str, site: Site) -> str:
+    """Adds the flattened module to the site's files, and a script that brings its text to a
+    page's copy button, which can't fetch where there is no server."""
+    try:
+        text = carried(site, module)
+    except FlattenError as error:
+        raise RenderError(0, f"one file of {module}: {error}") from None
+    name = "carry/" + module.removeprefix("snippets/")
+    site.files[name] = text.encode()
+    script = f"document.currentScript.carried = {json.dumps(text)};\n"
+    site.files[name.removesuffix(".py") + ".js"] = script.encode()
+    return name
 
 
 def test_of(module: str) -> str:

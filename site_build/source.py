@@ -20,6 +20,8 @@ DTYPE = re.compile(r"(Shaped|Bool|Num|Inexact|Real|B?Float\d*|Complex\d*|Integer
 class FlattenError(ValueError):
     """A module that can't be carried away as one file; says why, and where."""
 
+    cell = 0  # it is of no cell of the page
+
 
 class Source:
     def __init__(self, path: str, text: str):

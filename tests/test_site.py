@@ -19,20 +19,6 @@ from tests.browser import FLAGS, executable
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("built") / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-@pytest.fixture(scope="session")
-def report(site) -> dict:
-    return json.loads((ROOT / "build/report.json").read_text())
-
-
 def test_every_proof_is_within_tolerance_and_shows_its_feature(report):
     assert report["proofs"]
     for proof in report["proofs"]:
