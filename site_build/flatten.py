@@ -501,7 +501,8 @@ def carried(site, path: str) -> str:
     )
     head = [f"{path} as one file, with all that it imports of its project."]
     head += [f"It needs {needs or 'no package'}.", "", f"Source: {site.source_address(path)}"]
-    head += [f"Commit: {site.commit[0][:10]} of {site.commit[1]}"] * bool(site.commit)
+    if site.commit:
+        head.append(f"Commit: {site.commit[0][:10]} of {site.commit[1]}")
     for proof in site.proofs:
         if proof["module"] == path:
             config = ", ".join(f"{key}={value}" for key, value in proof["config"].items())

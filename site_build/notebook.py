@@ -26,7 +26,7 @@ MATHS = r"\$\$[\s\S]+?\$\$|\$[^$\n]+\$"
 REMOVED = (  # comments, attribute lists, definitions of abbreviations
     r"<!--[\s\S]*?-->|(?:(?<=[)\]`*])|(?<=\s)|^)\{:? *[.#][A-Za-z][^{}\n]*\}[ \t]*$|^\*\[.+\]:.*\n?"
 )
-LINK = r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<to>[^)\s]+)[^)]*\)"
+LINK = r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<to>[^)\s]+)[^)]*\)(?P<attributes>\{[^{}\n]*\})?"
 MARKUP = re.compile(rf"(?P<kept>{CODE}|{MATHS})|(?P<removed>{REMOVED})|{LINK}", re.MULTILINE)
 FIRST = """\
 # Run this cell first: it installs what the page was made with, and writes the files it uses.
@@ -256,7 +256,7 @@ class Prose:
     def flush(self) -> None:
         text = MARKUP.sub(self.carry, "\n".join(self.text))
         text = "\n".join(line.rstrip() for line in text.split("\n"))
-        text = re.sub(r"(\n>)+\n\n", "\n\n", text)
+        text = re.sub(r"\A(>?\n)+|(\n>)+(?=\n\n|\s*\Z)", "", text)
         text = self.without_torn_details(text).strip()
         if text.strip("> \n"):
             self.done.append(("markdown", text))
@@ -280,7 +280,7 @@ class Prose:
         if match["removed"]:
             return ""
         if to is None or re.match(r"[a-z][a-z0-9+.-]*:|//", to):
-            return match[0]
+            return match[0].removesuffix(match["attributes"] or "")
         path, hash_sign, anchor = to.partition("#")
         path = posixpath.normpath(posixpath.join(posixpath.dirname(self.page.source), path))
         if not to.partition("#")[0]:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -97,7 +98,8 @@ def main(source: str, target: str) -> None:
             results[name] = f"{type(error).__name__}: {error}"
             continue
         ways = ["float32", "bfloat16", "eager"]
-        if position == 0 and shutil.which("g++"):
+        header = Path(sysconfig.get_path("include"), "Python.h")
+        if position == 0 and shutil.which("g++") and header.is_file():
             ways.append("inductor")
         results[name] = {way: run(module, example, way) for way in ways}
     torch.save(results, target)
