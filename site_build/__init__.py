@@ -13,6 +13,9 @@ matplotlibrc    the look of the figures
 outputs.py      outputs without what differs between machines and runs
 facts.py        what pages say about themselves: head, foot, cards, tables of pages
 render.py       cells and outputs to Markdown and image files
+source.py       a Python file edited in place; jaxtyping's shapes as comments
+flatten.py      a module as one file to copy
+notebook.py     a page as a notebook to download
 publish.py      the lock, and the swap of a finished site
 plugin.py       the thin MkDocs plugin
 __main__.py     the stages without MkDocs

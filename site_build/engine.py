@@ -16,10 +16,12 @@ from pathlib import Path
 
 from .cache import Cache, Present, code_hash, environment, write_atomically
 from .facts import Origin
+from .notebook import notebook_links
 from .options import Options
 from .outputs import normalize
 from .pages import Page, SourceError, read_page
 from .render import RenderError, Site, executed_notebook, render
+from .source import FlattenError
 
 WALL_PER_CPU = 10  # a page's wall-clock limit, in budgets of CPU seconds
 NOTHING = {
@@ -80,7 +82,8 @@ class Engine:
     ):
         self.root, self.source = root.resolve(), source.resolve()
         self.options, self.log, self.wake, self.meanwhile = options, log, wake, meanwhile
-        self.origin, self.order = origin or Origin.of(self.root), list(order)
+        self.origin = origin or Origin.of(self.root, options)
+        self.order = list(order)
         self.folder = self.root / options.build
         self.output = output or self.folder / "pages"
         self.cache = Cache(self.folder / "cache")
@@ -339,7 +342,10 @@ class Engine:
         """
         place = {stem: number for number, stem in enumerate(self.order)}
         ordered = sorted(pages, key=lambda page: (place.get(page.stem, len(place)), page.stem))
-        site = Site(self.root, ordered, self.suffixes, self.proofs(pages), list(shown), self.origin)
+        site = Site(
+            self.root, ordered, self.suffixes, self.proofs(pages), list(shown), self.origin,
+            self.options.build, self.options.prepare,
+        )  # fmt: skip
         self.suffixes.clear()
         for page in pages:
             classic = page.meta.get("notebook", self.options.notebooks) == "classic"
@@ -350,8 +356,9 @@ class Engine:
             entry, suffix = self.entries.get(page.source), self.suffixes[page.stem]
             draw = executed_notebook if suffix == "ipynb" else render
             try:
+                site.links[page.source] = notebook_links(page, entry, site)
                 text = draw(page, entry, site)
-            except RenderError as error:
+            except (RenderError, FlattenError) as error:
                 problems.append(self.at(page, error.cell, 1, str(error)))
                 text = f'{page.front_matter}\n!!! failure "{error}"\n'
             site.files[f"{page.stem}.{suffix}"] = text.encode()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from .options import Options
 from .pages import Page
 
 
@@ -18,11 +19,13 @@ class Origin:
 
     repo_url: str = ""
     site_url: str = ""
+    notebook_branch: str = ""
     commit: str = ""
     date: str = ""
+    licence: str = ""
 
     @classmethod
-    def of(cls, root: Path, repo_url: str | None = "", site_url: str | None = "") -> "Origin":
+    def of(cls, root: Path, options: Options) -> "Origin":
         git = ["git", "-C", str(root), "log", "-1", "--format=%H %ct"]
         try:
             done = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -30,11 +33,23 @@ class Origin:
         except OSError:  # there is no git
             commit = seconds = ""
         date = datetime.fromtimestamp(int(seconds), UTC).date().isoformat() if seconds else ""
-        return cls((repo_url or "").rstrip("/"), site_url or "", commit, date)
+        licence = root / "LICENSE"
+        text = licence.read_text("utf-8") if licence.is_file() else ""
+        where = (options.repo_url, options.site_url, options.notebook_branch)
+        return cls(*where, commit, date, text)
 
     @property
     def described(self) -> str:
         return f"commit {self.commit[:10]} of {self.date}" if self.commit else ""
+
+    def page_address(self, stem: str) -> str:
+        return self.site_url + re.sub(r"(^|/)index\.html$", r"\1", f"{stem}.html")
+
+    def source_address(self, path: str) -> str:
+        """Of a file of the project at this commit; its path where there is no repository."""
+        if not self.repo_url or not self.commit:
+            return path
+        return f"{self.repo_url}/blob/{self.commit}/{path}"
 
 
 def title(page: Page) -> str:
@@ -71,17 +86,17 @@ def head(page: Page, entry: dict | None, proofs: list[dict], links: list[str]) -
     return block("fp-head", lines if about else lines[3:])
 
 
-def foot(page: Page, entry: dict, origin: Origin) -> str:
+def foot(page: Page, entry: dict, origin: Origin, links: list[str]) -> str:
     """Below the text: what the page ran on, and where to report what is wrong."""
     versions = [f"Python {platform.python_version()}"]
     versions += [f"{name} {version}" for name, version in sorted(entry["versions"].items())]
     ran = f"Ran on {', '.join(versions)}"
-    lines = [f"{ran}{'; ' if origin.described else ''}{origin.described}."]
+    lines = [f"{ran}{'; ' if origin.described else ''}{origin.described}.", *links]
     if origin.repo_url:
         body = f"Page: {page.source}\n{ran}\n{origin.described}\n\nWhat is wrong:\n\n"
         query = urllib.parse.urlencode({"title": f"{title(page)}: ", "body": body})
         lines.append(f"[Something wrong here?]({origin.repo_url}/issues/new?{query})")
-    return block("fp-foot", lines)
+    return block("fp-foot", [lines[0], "", " · ".join(lines[1:])])
 
 
 def block(name: str, lines: list[str]) -> str:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from yaml_env_tag import construct_env_tag
 
 PLUGIN = "forward-pass"
 LINUX = sys.platform.startswith("linux")
@@ -26,6 +27,9 @@ class Options:
     cpu_seconds: float = 10.0  # a page's budget, unless its metadata says otherwise
     study_cpu_seconds: float = 120.0  # the same for pages marked `study`
     notebooks: str = "native"  # or classic: executed notebooks go to mkdocs-jupyter
+    site_url: str = ""  # these two are MkDocs' own, from the top of mkdocs.yml
+    repo_url: str = ""
+    notebook_branch: str = ""  # where the repository holds the site's carry/, for Colab
     serve_wait: float = 10.0  # under serve, seconds that a rebuild waits for edited pages
 
     def __post_init__(self):
@@ -55,6 +59,11 @@ class Options:
                 raise ValueError(f"{PLUGIN}: unknown option {name!r}; {hint}")
         return cls(**settings)
 
+    def at(self, site_url: str | None, repo_url: str | None) -> "Options":
+        site_url = site_url and site_url.rstrip("/") + "/"
+        repo_url = (repo_url or "").rstrip("/")
+        return dataclasses.replace(self, site_url=site_url or "", repo_url=repo_url)
+
     @property
     def forks(self) -> bool:
         return self.backend == "fork" or (self.backend == "auto" and LINUX)
@@ -72,11 +81,12 @@ def read_mkdocs_yml(path: Path) -> tuple[Path, Options, list[str]]:
     """The folder of the pages, the engine's options, the pages' order; without MkDocs."""
 
     class Loader(yaml.SafeLoader):
-        """Takes MkDocs' own tags (!ENV, !!python/name) for nothing: none is of ours."""
+        """Takes MkDocs' own tags (!!python/name) for nothing: none is of ours."""
 
     Loader.add_multi_constructor("", lambda loader, suffix, node: None)
+    Loader.add_constructor("!ENV", construct_env_tag)
     config = yaml.load(path.read_text("utf-8"), Loader)
     plugins = config.get("plugins") or []
     settings = [p[PLUGIN] for p in [plugins, *plugins] if isinstance(p, dict) and PLUGIN in p]
-    folder = path.parent / config.get("docs_dir", "docs")
-    return folder, Options.of(*settings or [None]), stems(config.get("nav"))
+    options = Options.of(*settings or [None]).at(config.get("site_url"), config.get("repo_url"))
+    return path.parent / config.get("docs_dir", "docs"), options, stems(config.get("nav"))

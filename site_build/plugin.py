@@ -18,7 +18,6 @@ from mkdocs.exceptions import PluginError
 from mkdocs.plugins import BasePlugin, event_priority, get_plugin_logger
 
 from .engine import BuildFailed, Engine
-from .facts import Origin
 from .options import PLUGIN, Options, stems
 from .publish import discard, publish, staging
 
@@ -68,21 +67,17 @@ class PagesPlugin(BasePlugin):
             markdown.Markdown(**extensions).convert("```python\nx\n```")
 
         source = Path(config.docs_dir)
+        self.config = self.config.at(config.site_url, config.repo_url)
         self.site = Path(config.site_dir).absolute()
-        origin = Origin.of(root, config.repo_url, config.site_url)
         if self.serving:
             self.folder = Path(tempfile.mkdtemp(prefix="forward-pass-"))
             self.stamp = self.folder / "stamp"  # MkDocs rebuilds when it changes
             self.stamp.touch()
             pages = self.folder / "pages"
-            self.engine = Engine(
-                root, source, self.config, pages, log.info, self._wake, origin=origin
-            )
+            self.engine = Engine(root, source, self.config, pages, log.info, self._wake)
             self.engine.warm_up()
         else:
-            self.engine = Engine(
-                root, source, self.config, log=log.info, meanwhile=meanwhile, origin=origin
-            )
+            self.engine = Engine(root, source, self.config, log=log.info, meanwhile=meanwhile)
             self.lock = FileLock(self.engine.folder / "lock")
             self.engine.folder.mkdir(parents=True, exist_ok=True)
             try:

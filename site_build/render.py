@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import facts
+from .flatten import carried
 from .pages import Cell, Page, fence_info
+from .source import FlattenError
 
 SHOW = re.compile(r"^(?P<indent>[ \t]*)<!-- show: *(?P<what>.*?) *-->[ \t]*$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s#]+)\.(ipynb|md)(?=[)#\s])")
@@ -35,6 +37,9 @@ class Site:
     proofs: list[dict]
     problems: list[str]  # shown at the head of their pages
     origin: facts.Origin
+    build: str = "build"  # the folder of what is made, and the modules that make it
+    makers: list[str] = field(default_factory=list)
+    links: dict[str, list[str]] = field(default_factory=dict)  # page: what can be carried away
     files: dict[str, bytes] = field(default_factory=dict)  # to be written beside the pages
 
 
@@ -61,10 +66,10 @@ def render(page: Page, entry: dict | None, site: Site) -> str:
     text = "".join(text)
     if page.cells:
         text = re.sub(r"\n{3,}", "\n\n", text)
-    above = (
-        facts.head(page, entry, site.proofs, parts(page, site)) if "minutes" in page.meta else ""
-    )
-    below = facts.foot(page, entry, site.origin) if page.cells and entry else ""
+    headed = "minutes" in page.meta
+    above = facts.head(page, entry, site.proofs, parts(page, site)) if headed else ""
+    links = [] if headed else site.links.get(page.source, [])
+    below = facts.foot(page, entry, site.origin, links) if page.cells and entry else ""
     return facts.with_head_and_foot(text, above, below) if above or below else text
 
 
@@ -178,7 +183,7 @@ def render_show(what: str, page: Page, site: Site) -> str:
     path = site.root / what
     if not path.is_file() or path.suffix != ".py":
         raise RenderError(0, f"show: there is no module {what}")
-    links = module_links(page, what, site)
+    links = module_links(page, what, site, button=".one-file ")
     code = path.read_text("utf-8").rstrip()
     return (
         fence(code, f'python title="{what}"', bare=True)
@@ -187,19 +192,37 @@ def render_show(what: str, page: Page, site: Site) -> str:
 
 
 def parts(page: Page, site: Site) -> list[str]:
-    """Links to what belongs to a page: its module and its test, where it has them."""
+    """Links to what belongs to a page: its module, test, one file, notebook."""
     module = f"snippets/{page.stem}.py"
-    return module_links(page, module, site) if (site.root / module).is_file() else []
+    links = module_links(page, module, site) if (site.root / module).is_file() else []
+    return links + site.links.get(page.source, [])
 
 
-def module_links(page: Page, module: str, site: Site) -> list[str]:
+def module_links(page: Page, module: str, site: Site, button: str = "") -> list[str]:
     up = "../" * page.source.count("/")
     links = []
     for label, path in (("Module", module), ("Test", test_of(module))):
         if (site.root / path).is_file():
             site.files[path] = (site.root / path).read_bytes()
             links.append(f"[{label}]({up}{path})")
+    if module.startswith("snippets/"):
+        name = module.rpartition("/")[2]
+        links.append(f"[One file]({up}{one_file(module, site)}){{ {button}download={name} }}")
     return links
+
+
+def one_file(module: str, site: Site) -> str:
+    """Adds the flattened module to the site's files, and a script that brings its text to a
+    page's copy button, which can't fetch where there is no server."""
+    try:
+        text = carried(site, module)
+    except FlattenError as error:
+        raise RenderError(0, f"one file of {module}: {error}") from None
+    name = "carry/" + module.removeprefix("snippets/")
+    site.files[name] = text.encode()
+    script = f"document.currentScript.carried = {json.dumps(text)};\n"
+    site.files[name.removesuffix(".py") + ".js"] = script.encode()
+    return name
 
 
 def test_of(module: str) -> str:

@@ -14,7 +14,10 @@ TOPICS = [
 # Pages that teach without a module of their own.
 WITHOUT_MODULE = {"reference/tags", "reference/verification", "reference/your_checkpoint"}
 GENERATED = {"reference/api/index"}  # by theme/api.py, with the pages below it
-ALLOWED = {"torch", "jaxtyping", "snippets", "collections", "dataclasses", "math", "typing"}
+ALLOWED = {
+    "torch", "jaxtyping", "snippets", "collections", "dataclasses", "functools", "math", "pathlib",
+    "typing",
+}  # fmt: skip
 MODULES = sorted(
     path.relative_to(ROOT / "snippets").with_suffix("").as_posix()
     for path in (ROOT / "snippets").rglob("*.py")

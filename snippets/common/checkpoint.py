@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Keys of config.json that don't change what a model computes when it is evaluated.
@@ -67,14 +68,15 @@ def read_config(
     """
     path = Path(folder) / "config.json"
     found = read_json(path)
-    model_type = found.get("model_type", model_types[0])
+    model_type = found.get("model_type")
     if model_type not in model_types:
         raise CheckpointError(
             f"{path}: model_type={model_type!r} isn't supported; this class reads "
             f"{', '.join(map(repr, model_types))}"
         )
-    found = old_rope_spelling(found, path)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
+    if "rope_parameters" not in fields:
+        found = old_rope_spelling(found, path)
     required = [
         name
         for name, field in fields.items()
@@ -92,7 +94,8 @@ def read_config(
     values = {name: found[name] for name in fields if name in found}
     for name, value in values.items():
         if not is_a(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", hints[name])
+            hint = hints[name]
+            wanted = hint.__name__ if isinstance(hint, type) else hint
             raise CheckpointError(f"{path}: {name}={value!r} isn't of type {wanted}")
     try:
         return config_class(**values)
@@ -115,26 +118,39 @@ def is_a(value: Any, hint: Any) -> bool:
 def old_rope_spelling(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """`rope_parameters` (since transformers 5) as `rope_theta` with `rope_scaling`.
 
+    `rope_scaling` comes out as None where nothing is scaled, else with a `rope_type`, which
+    files of 2023 call `type`.
+
     Raises:
-        CheckpointError: both spellings are there and contradict each other.
+        CheckpointError: the spellings contradict each other, or one isn't a single set of
+            parameters (some models have one for each type of layer).
     """
-    old = dict(config)
-    new = old.pop("rope_parameters", None)
-    if new is None:
-        return old
-    if not isinstance(new, Mapping):
-        raise CheckpointError(f"{path}: rope_parameters={new!r} isn't an object")
-    scaling = {key: value for key, value in new.items() if key != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    spelled = {"rope_scaling": None if plain else scaling}
-    if "rope_theta" in new:
-        spelled["rope_theta"] = new["rope_theta"]
-    for key, value in spelled.items():
-        if old.get(key) not in (None, value):
-            raise CheckpointError(
-                f"{path}: {key}={old[key]!r} contradicts rope_parameters={dict(new)!r}"
-            )
-    return old | spelled
+    rest = dict(config)
+    said = {key: rest.pop(key, None) for key in ("rope_scaling", "rope_parameters")}
+    said = {key: value for key, value in said.items() if value is not None}
+    for key, value in said.items():
+        single = isinstance(value, Mapping)
+        if not single or any(isinstance(part, Mapping) for part in value.values()):
+            raise CheckpointError(f"{path}: {key}={value!r} isn't a single set of parameters")
+    thetas = [part.get("rope_theta") for part in (rest, *said.values())]
+    thetas = [theta for theta in thetas if theta is not None]
+    scalings = [scaling_of(value) for value in said.values()]
+    if any(theta != thetas[0] for theta in thetas) or any(s != scalings[0] for s in scalings):
+        shown = {"rope_theta": rest.get("rope_theta"), **said}
+        listed = ", ".join(f"{key}={value!r}" for key, value in shown.items())
+        raise CheckpointError(f"{path}: these contradict each other: {listed}")
+    if thetas:
+        rest["rope_theta"] = thetas[0]
+    if scalings:
+        rest["rope_scaling"] = scalings[0]
+    return rest
+
+
+def scaling_of(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What changes the rotary frequencies, with its `rope_type`; None if nothing does."""
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "type")}
+    scaling["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    return None if scaling == {"rope_type": "default"} else scaling
 
 
 def weight_files(folder: str | Path) -> dict[str, Path]:
@@ -142,7 +158,8 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
 
     Raises:
         CheckpointError: no safetensors file, a listed file or tensor that is absent, a
-            damaged file, or a tensor in two files.
+            damaged file or index, a tensor in two files, or a single file beside an index
+            that doesn't list it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -151,11 +168,14 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     listed = {}
     if index.exists():
         listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise CheckpointError(f"{index} has no weight_map")
+        if not isinstance(listed, dict) or not listed or not all(map(is_name, listed.values())):
+            raise CheckpointError(f"{index} has no weight_map of tensors to files of the folder")
         files = [folder / name for name in sorted(set(listed.values()))]
         if absent := [file.name for file in files if not file.is_file()]:
             raise CheckpointError(f"{index} lists files that are absent: {', '.join(absent)}")
+        if (folder / SINGLE).exists() and SINGLE not in listed.values():
+            # transformers would read the single file, others the listed ones.
+            raise CheckpointError(f"{index} doesn't list {SINGLE}, which is there too: remove one")
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -172,6 +192,11 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
         if name not in found or found[name].name != file:
             raise CheckpointError(f"{index} says that {name} is in {file}, and it isn't")
     return found
+
+
+def is_name(value: Any) -> bool:
+    """Whether an index's value is the name of a file, not a path out of the folder."""
+    return isinstance(value, str) and Path(value).name == value
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -201,17 +226,23 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     """Give a model exactly these tensors, all of them; the model can be on `meta`.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or mis-shaped; lists them all. The
-            model keeps its own then.
+        CheckpointError: tensors are missing, unexpected, mis-shaped, or no numbers with a
+            fraction where the model has such; lists them all. The model keeps its own then.
     """
     wanted = model.state_dict()
+    both = {name: (tensors[name], wanted[name]) for name in wanted if name in tensors}
     troubles = {
         "missing": [name for name in wanted if name not in tensors],
         "unexpected": [name for name in tensors if name not in wanted],
         "mis-shaped": [
-            f"{name} is {tuple(tensors[name].shape)}, the config wants {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in tensors and tensors[name].shape != tensor.shape
+            f"{name} is {tuple(found.shape)}, the config wants {tuple(own.shape)}"
+            for name, (found, own) in both.items()
+            if found.shape != own.shape
+        ],
+        "mis-typed": [
+            f"{name} is {found.dtype}"
+            for name, (found, own) in both.items()
+            if found.is_floating_point() != own.is_floating_point()
         ],
     }
     found = [f"{kind}: {', '.join(names)}" for kind, names in troubles.items() if names]

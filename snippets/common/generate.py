@@ -39,9 +39,11 @@ def generate(
         generator: the source of randomness, for repeatable samples.
 
     Raises:
-        ValueError: a prompt without tokens or padded on the right, or a setting out of
-            its range.
+        ValueError: a prompt without tokens or padded on the right, no room for a new
+            token, or a setting out of its range.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} writes nothing")
     if input_ids.shape[1] == 0:
         raise ValueError("an empty prompt: the first token needs one before it")
     if attention_mask is not None and not attention_mask[:, -1].all():
@@ -91,7 +93,7 @@ def next_token(
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]  # b 1
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         ranked, order = logits.sort(descending=True)
         probabilities = ranked.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # what the more probable ones hold

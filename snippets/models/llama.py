@@ -1,12 +1,15 @@
 """Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783).
 
-A decoder-only transformer: RMSNorm before each layer, rotary positions, grouped-query
-attention, a gated MLP, no biases. Reads checkpoints of Llama 1 to 3 and of the many
+A decoder-only transformer: RMSNorm before each sublayer, rotary positions, grouped-query
+attention, a gated MLP, no biases. Reads checkpoints of Llama 1 to 3.3 and of the many
 models of the same build, SmolLM2 for one.
 
-Axes: b batch, t token, s cached and new tokens, d hidden size, v vocabulary.
+Axes: b batch, t token, s cached and new tokens, d hidden size, v vocabulary, f frequency
+(head dim 2 f).
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,32 @@ from snippets.common.checkpoint import drop_tied_head, load_weights, read_config
 from snippets.layers.rmsnorm import RMSNorm
 from snippets.layers.swiglu import ACTIVATIONS, GatedMLP
 from snippets.position.rope import inverse_frequencies, rope_table
+
+STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def stretched(inv_freq: Float[Tensor, " f"], scaling: Mapping[str, Any]) -> Float[Tensor, " f"]:
+    """Llama 3.1's rotary frequencies, slowed down to reach beyond the 8,192 tokens of Llama 3.
+
+    A pair that turns at least `high_freq_factor` times in the original context keeps its
+    frequency, one that turns at most `low_freq_factor` times has it divided by `factor`,
+    and those in between get a mixture. From the released code (`apply_scaling` in
+    github.com/meta-llama/llama-models).
+    """
+    factor, low, high, context = (scaling[key] for key in STRETCH)
+    turns = context * inv_freq / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # f
+    return kept * inv_freq + (1 - kept) * inv_freq / factor
+
+
+def refuse_other_scaling(scaling: Mapping[str, Any]) -> None:
+    if scaling.get("rope_type") != "llama3":
+        raise ValueError(f"rope_scaling={scaling} isn't supported; known rope_type: llama3")
+    numbers = {key for key, value in scaling.items() if isinstance(value, (int, float))}
+    if numbers != set(STRETCH) or scaling.keys() != {"rope_type", *STRETCH}:
+        raise ValueError(f"rope_scaling={scaling}, llama3 takes the numbers {', '.join(STRETCH)}")
+    if not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise ValueError(f"rope_scaling={scaling}: low_freq_factor isn't below high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -44,19 +73,33 @@ class LlamaConfig:
     max_position_embeddings: int = 2048  # where training ended; not enforced
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None  # "llama3", see `stretched`
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
 
     def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        sizes += ("num_attention_heads", "num_key_value_heads", "head_dim")
+        for name in sizes:
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name}={size} is below 1")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if kv_heads is not None and heads % kv_heads:
+            raise ValueError(f"uneven: num_attention_heads={heads}, num_key_value_heads={kv_heads}")
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(f"uneven: hidden_size={self.hidden_size}, num_attention_heads={heads}")
+        if self.size_of_head % 2:
+            raise ValueError(f"rotary pairs need an even head_dim, not {self.size_of_head}")
         if self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"hidden_act={self.hidden_act!r} isn't supported; known: {known}")
-        scaling = self.rope_scaling or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"rope_scaling of type {kind!r} isn't supported; known: default")
+        if self.rope_scaling is not None:
+            refuse_other_scaling(self.rope_scaling)
+
+    @property
+    def size_of_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 class LlamaLayer(nn.Module):
@@ -70,7 +113,7 @@ class LlamaLayer(nn.Module):
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_dim=config.head_dim,
+            head_dim=config.size_of_head,
             bias=config.attention_bias,
         )
         self.post_attention_layernorm = RMSNorm(**norm)
@@ -112,8 +155,10 @@ class LlamaModel(nn.Module):
         positions, mask = places(input_ids, attention_mask, 0 if cache is None else cache.length)
         # Not a buffer: `.bfloat16()` would round it, `meta` would leave it empty.
         inv_freq = inverse_frequencies(
-            head_dim=self.layers[0].self_attn.head_dim, rope_theta=self.config.rope_theta
+            head_dim=self.config.size_of_head, rope_theta=self.config.rope_theta
         )
+        if self.config.rope_scaling is not None:
+            inv_freq = stretched(inv_freq, self.config.rope_scaling)
         rotation = rope_table(inv_freq.to(x.device), positions, x.dtype)
         for number, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, None if cache is None else cache[number])

@@ -10,10 +10,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from snippets.common.checkpoint import CheckpointError
 from snippets.common.generate import generate
-from snippets.models.llama import Llama, LlamaConfig
+from snippets.models.llama import Llama, LlamaConfig, stretched
+from snippets.position.rope import inverse_frequencies
 from weights import smollm2
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,13 @@ BASE = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,  # below T: all three kinds of frequencies occur
+}
 CONFIGS = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -36,16 +45,16 @@ CONFIGS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "multi-head, gelu": {"num_key_value_heads": 6, "hidden_act": "gelu_pytorch_tanh"},
     "multi-query, large eps": {"num_key_value_heads": 1, "rms_norm_eps": 0.1},
+    "Llama 3.1's frequencies": {"head_dim": 14, "rope": LLAMA3},
 }
 
 
 def oracle(**changes) -> LlamaForCausalLM:
     """A tiny random Llama, every parameter drawn anew: norms aren't 1, biases not 0."""
     changes = BASE | changes
-    theta = changes.pop("rope_theta", 10000.0)
-    config = transformers.LlamaConfig(
-        **changes, rope_parameters={"rope_type": "default", "rope_theta": theta}
-    )
+    rope = {"rope_theta": changes.pop("rope_theta", 10000.0)}
+    rope |= changes.pop("rope", {"rope_type": "default"})
+    config = transformers.LlamaConfig(**changes, rope_parameters=rope)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -160,34 +169,77 @@ def edit(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_both_spellings_of_rope(folder):
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 777.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
+        {"rope_theta": 777.0, "rope_scaling": LLAMA3},
+        {"rope_scaling": LLAMA3 | {"rope_theta": 777.0}},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 777.0}},
+    ],
+)
+def test_every_spelling_of_rope_is_read_as_transformers_reads_it(folder, spelling):
     ids = prompt()
     with torch.no_grad():
         before = Llama.from_pretrained(folder)(ids)
-        edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
-        new = Llama.from_pretrained(folder)(ids)
         config = json.loads((folder / "config.json").read_text())
         del config["rope_parameters"]
-        (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 777.0}))
-        assert torch.equal(Llama.from_pretrained(folder)(ids), new)
-    assert (new - before).abs().max() > 0.01
+        (folder / "config.json").write_text(json.dumps(config | spelling))
+        ours = Llama.from_pretrained(folder)(ids)
+        assert_close(ours, LlamaForCausalLM.from_pretrained(folder)(ids).logits)
+    assert (ours - before).abs().max() > 0.01
+
+
+def test_stretched_frequencies_of_llama_3_1():
+    """At full size: kept, mixed and divided ones, as transformers computes them."""
+    sizes = {"hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 131072}
+    real = LLAMA3 | {"original_max_position_embeddings": 8192}
+    rope = real | {"rope_theta": 500000.0}
+    config = transformers.LlamaConfig(**sizes, rope_parameters=rope)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    plain = inverse_frequencies(head_dim=128, rope_theta=500000.0)
+    found = stretched(plain, real)
+    assert_close(found, expected)
+    kept, divided = found == plain, found == plain / 8
+    assert kept.any() and divided.any() and not (kept | divided).all()
+
+
+REFUSED = [
+    ({"hidden_act": "swish2"}, "hidden_act='swish2'"),
+    ({"model_type": "mistral"}, "model_type='mistral'"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers='3'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"num_key_value_heads": 4}, "uneven: num_attention_heads=6, num_key_value_heads=4"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads=0 is below 1"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0 is below 1"),
+    ({"hidden_size": 50, "head_dim": None}, "uneven: hidden_size=50, num_attention_heads=6"),
+    ({"head_dim": 7}, "even head_dim, not 7"),
+]
+REFUSED_ROPE = [
+    ({"rope_type": "spiral", "factor": 2.0}, "rope.*'spiral'.* known rope_type: llama3"),
+    ({"type": "linear", "factor": 2.0}, "rope.*'linear'.* known rope_type: llama3"),
+    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_type": "llama3", "factor": 8.0}, "llama3 takes the numbers factor, low_freq"),
+    (LLAMA3 | {"factor": "8"}, "llama3 takes the numbers"),
+    (LLAMA3 | {"extra": 1.0}, "llama3 takes the numbers"),
+    (LLAMA3 | {"low_freq_factor": 4.0}, "low_freq_factor isn't below high_freq_factor"),
+]
 
 
 @pytest.mark.parametrize(
     "changes, said",
-    [
-        ({"hidden_act": "swish2"}, "hidden_act='swish2'"),
-        ({"rope_parameters": {"rope_type": "spiral", "factor": 2.0}}, "rope.*'spiral'"),
-        ({"rope_scaling": {"type": "spiral"}, "rope_parameters": None}, "rope.*'spiral'"),
-        ({"model_type": "mistral"}, "model_type='mistral'"),
-        ({"num_hidden_layers": "3"}, "num_hidden_layers='3'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"num_key_value_heads": 4}, "num_kv_heads=4"),
-    ],
+    [*REFUSED, *(({"rope_parameters": rope}, said) for rope, said in REFUSED_ROPE)],
 )
 def test_a_config_that_cannot_be_honoured_is_refused(folder, changes, said):
     edit(folder, **changes)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{said}"):
+        Llama.from_pretrained(folder)
+
+
+def test_an_unknown_key_that_could_matter_is_reported(folder):
+    edit(folder, logits_scaling=8.0, rope_interleaved=False)
+    with pytest.warns(UserWarning, match=r"config\.json: not read: logits_scaling$"):
         Llama.from_pretrained(folder)
 
 

@@ -20,7 +20,7 @@ theme: {{name: material, font: false}}
 plugins:
   - search
   - forward-pass: {options}
-  - mkdocs-jupyter: {{include: ["**/*.ipynb"], execute: false}}
+  - mkdocs-jupyter: {{include: ["**/*.ipynb"], ignore: ["carry/*.ipynb", "carry/*/*.ipynb"], execute: false}}
 markdown_extensions:
   - attr_list
   - admonition

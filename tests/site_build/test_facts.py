@@ -115,11 +115,11 @@ def test_metadata_of_the_wrong_kind_is_named(lesson, meta):
 
 
 def test_the_origin_is_the_last_commit(tmp_path):
-    assert Origin.of(tmp_path) == Origin()
+    assert Origin.of(tmp_path, Options()) == Origin()
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     environment = {"GIT_COMMITTER_DATE": "2026-01-02T03:04:05Z", "PATH": "/usr/bin:/bin"}
     for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run([*git, *arguments], check=True, env=environment)
-    origin = Origin.of(tmp_path, "https://example.org/lab/", None)
+    origin = Origin.of(tmp_path, Options().at(None, "https://example.org/lab/"))
     assert origin.date == "2026-01-02" and len(origin.commit) == 40
     assert origin.repo_url == "https://example.org/lab" and origin.site_url == ""

@@ -23,6 +23,9 @@ def git(project, *arguments: str) -> None:
 def test_two_cold_builds_from_two_folders_with_one_and_two_workers(project, tmp_path):
     for number in range(3):
         project.page(f"page{number}.md", FIGURE, TEXT, TORCH, info='alt="A line"')
+    project.write("LICENSE", "MIT License\n\nCopyright (c) 2026 someone\n")
+    project.write("site_src/shown.md", "# Shown\n\n<!-- show: snippets/value.py -->\n")
+    project.page("value.md", "from snippets.value import value\nassert value()")
     project.write(".gitignore", "build/\nsite/\n")
     git(project, "init")
     git(project, "add", ".")
@@ -36,6 +39,10 @@ def test_two_cold_builds_from_two_folders_with_one_and_two_workers(project, tmp_
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
     assert b"2023-11-14" in first["sitemap.xml"] or b"<lastmod>" not in first["sitemap.xml"]
+    assert (
+        b"# Commit " in first["carry/value.py"] and b" of 2023-11-14\n" in first["carry/value.py"]
+    )
+    assert b", commit " in first["carry/value.ipynb"] and "carry/value.js" in first
     assert str(tmp_path).encode() not in b"".join(first.values())
 
 

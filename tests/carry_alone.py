@@ -1,0 +1,110 @@
+"""Calls the examples in a process of its own: `python -I tests/carry_alone.py FROM TO`.
+
+FROM is the project, for the originals, or a folder of one-file modules, which are imported with
+the project and all but torch out of reach. What came out goes to the file TO.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+NEEDED = {"torch", "safetensors"}
+
+
+class Refuse:
+    """No package that one file may not need, whoever asks for it from there."""
+
+    def find_spec(self, name: str, path=None, target=None):
+        importer = sys._getframe(1)
+        while importer and "importlib" in importer.f_code.co_filename:
+            importer = importer.f_back
+        forbidden = {"snippets", "jaxtyping", "transformers", "site_build", "tests"}
+        package = name.partition(".")[0]
+        from_file = importer and importer.f_globals.get("__name__", "").startswith("alone_")
+        if package in forbidden or (from_file and package not in NEEDED | sys.stdlib_module_names):
+            raise ImportError(f"{name} is out of reach")
+
+
+def load(folder: Path, name: str):
+    """The module snippets/NAME.py of the project, or the file NAME.py alone."""
+    if folder == ROOT:
+        return importlib.import_module("snippets." + name.replace("/", "."))
+    spec = importlib.util.spec_from_file_location("alone_" + name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def flat(value) -> list:
+    if isinstance(value, tuple | list):
+        return [leaf for item in value for leaf in flat(item)]
+    if isinstance(value, dict):
+        return flat(list(value.items()))
+    if hasattr(value, "__dict__") and not isinstance(value, torch.Tensor):
+        return flat(vars(value))
+    return [value.detach() if isinstance(value, torch.Tensor) else value]
+
+
+def lowered(value):
+    """Floating point in bfloat16."""
+    if isinstance(value, torch.nn.Module):
+        return value.bfloat16()
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.bfloat16() if is_float else value
+
+
+def run(module, example, way: str) -> list:
+    """The outputs of an example's calls; for one that fails, the error's type."""
+    torch.manual_seed(0)
+    results = []
+    for function, *inputs in example(module):
+        if way == "bfloat16":
+            function, *inputs = map(lowered, [function, *inputs])
+        elif way != "float32":
+            torch.compiler.reset()
+            function = torch.compile(function, fullgraph=True, backend=way)
+        try:
+            torch.manual_seed(0)
+            results.append(flat(function(*inputs)))
+        except Exception as error:
+            if way == "float32":
+                raise
+            results.append(type(error).__name__)
+    return results
+
+
+def main(source: str, target: str) -> None:
+    folder = Path(source)
+    spec = importlib.util.spec_from_file_location("examples", ROOT / "tests/examples.py")
+    examples = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(examples)
+    torch.set_num_threads(1)
+    if folder == ROOT:
+        sys.path.insert(0, source)
+    else:
+        sys.meta_path.insert(0, Refuse())
+    results = {}
+    for position, (name, example) in enumerate(examples.EXAMPLES.items()):
+        try:
+            module = load(folder, name)
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}"
+            continue
+        ways = ["float32", "bfloat16", "eager"]
+        header = Path(sysconfig.get_path("include"), "Python.h")
+        if position == 0 and shutil.which("g++") and header.is_file():
+            ways.append("inductor")
+        results[name] = {way: run(module, example, way) for way in ways}
+    torch.save(results, target)
+    print(json.dumps(sorted(results)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

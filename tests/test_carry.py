@@ -1,0 +1,203 @@
+"""What readers carry away: each module as one file, each page as a notebook."""
+
+import functools
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from playwright.sync_api import expect, sync_playwright
+
+from site_build.flatten import flatten
+from site_build.pages import read_page
+from tests.browser import FLAGS, executable
+from tests.examples import EXAMPLES
+from tests.test_layout import MODULES
+
+ROOT = Path(__file__).parents[1]
+# Prints through IPython where there is one; notebooks get it as it is.
+NOT_ONE_FILE = {"common/proof"}
+CARRIED = [module for module in MODULES if module not in NOT_ONE_FILE]
+PAGES = [
+    path.relative_to(ROOT / "site_src").as_posix()
+    for path in sorted((ROOT / "site_src").rglob("*"))
+    if path.suffix in (".md", ".ipynb")
+]
+EXECUTED = [source for source in PAGES if read_page(ROOT / "site_src", source).cells]
+
+
+# One file
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory) -> dict[str, dict]:
+    """What the examples give, of the originals and of the one files."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in EXAMPLES:
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(flatten(ROOT, f"snippets/{name}.py"))
+    results = {}
+    for kind, source in (("original", ROOT), ("one file", folder)):
+        target = folder / f"{kind}.pt"
+        command = [sys.executable, "-I", str(ROOT / "tests/carry_alone.py"), source, target]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+        assert done.returncode == 0, done.stderr
+        results[kind] = torch.load(target, weights_only=False)
+    return results
+
+
+@pytest.mark.parametrize("module", CARRIED)
+def test_one_file_alone_gives_the_same_to_the_bit(module, results):
+    assert module in EXAMPLES, f"tests/examples.py has no example of {module}"
+    original, one = results["original"][module], results["one file"][module]
+    assert isinstance(one, dict), one
+    assert original.keys() == one.keys() >= {"float32", "bfloat16", "eager"}
+    for way in original:
+        assert len(original[way]) == len(one[way]) > 0
+        for ours, theirs in zip(one[way], original[way], strict=True):
+            assert same(ours, theirs), f"{way}: {ours} is not {theirs}"
+    tensors = [v for outputs in one["float32"] for v in outputs if isinstance(v, torch.Tensor)]
+    assert tensors and all(t.double().std() > 0 for t in tensors if t.numel() > 1)
+
+
+def same(ours, theirs) -> bool:
+    """To the bit; an error is the same when it has the same type."""
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return type(ours) is type(theirs) and ours == theirs
+
+
+def test_most_examples_work_in_every_way(results):
+    """Else the comparison would be one of errors."""
+    for module, ways in results["original"].items():
+        for way, outputs in ways.items():
+            assert any(isinstance(output, list) for output in outputs), f"{module}: {way}"
+
+
+@pytest.mark.parametrize("module", CARRIED)
+def test_one_file_reads_well(module, tmp_path):
+    text = flatten(ROOT, f"snippets/{module}.py")
+    assert "jaxtyping" not in text and "snippets." not in re.sub(r"#.*", "", text)
+    path = tmp_path / "one.py"
+    path.write_text(text)
+    rules = ["--select=E1,E2,E3,E4,E7,E9,F,I,W,PLC0414", "--preview", "--isolated"]
+    command = [sys.executable, "-m", "ruff", "check", *rules, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_the_published_file_has_a_header_and_the_licence(site, report):
+    shown = [path for path in (site / "carry").rglob("*.py")]
+    assert {p.relative_to(site / "carry").with_suffix("").as_posix() for p in shown} >= {
+        proof["module"].removeprefix("snippets/").removesuffix(".py") for proof in report["proofs"]
+    }
+    licence = (ROOT / "LICENSE").read_text().splitlines()
+    for path in shown:
+        text = path.read_text()
+        module = f"snippets/{path.relative_to(site / 'carry')}"
+        head = text[: text.index("\n\n")]
+        assert module in head and licence[2] in head
+        for proof in report["proofs"]:
+            oracle = f"# Equal to {proof['oracle']} {proof['version']} with "
+            assert (oracle in head) or proof["module"] != module
+        assert text.rstrip().endswith(f"# {licence[-1]}")
+        script = path.with_suffix(".js").read_text()
+        twin = re.fullmatch(r"document\.currentScript\.carried = (.*);\n", script, re.DOTALL)
+        assert json.loads(twin[1]) == text
+        body = flatten(ROOT, module)
+        assert body.rstrip() in text
+
+
+class Strict(http.server.SimpleHTTPRequestHandler):
+    """Lets no page run a script that stands in it, or comes from elsewhere."""
+
+    def end_headers(self):
+        self.send_header("Content-Security-Policy", "script-src 'self'")
+        super().end_headers()
+
+    def log_message(self, *args): ...
+
+
+@pytest.fixture
+def strict(site):
+    handler = functools.partial(Strict, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("way", ["server", "file", "without a clipboard"])
+def test_a_button_copies_the_one_file(site, strict, way):
+    page = min(p for p in site.rglob("*.html") if "one-file" in p.read_text())
+    origin = f"file://{site}" if way == "file" else strict
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable(), args=FLAGS)
+        context = browser.new_context()
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        tab = context.new_page()
+        if way == "without a clipboard":
+            tab.add_init_script("navigator.clipboard.writeText = () => Promise.reject()")
+        tab.goto(f"{origin}/{page.relative_to(site)}")
+        link, button = tab.locator("a.one-file"), tab.locator("button.copy-file")
+        assert link.get_attribute("download") == f"{page.parent.name}.py"
+        file = (page.parent / link.get_attribute("href")).resolve()
+        button.focus()
+        tab.keyboard.press("Enter")
+        expect(tab.get_by_role("status").filter(has_text="Copied")).to_have_text("Copied")
+        assert tab.evaluate("navigator.clipboard.readText()") == file.read_text()
+        assert button.evaluate("button => button === document.activeElement")
+        browser.close()
+
+
+# The notebook
+
+# What site-packages or the environment put on the path for this project goes again.
+CUSTOMIZE = """\
+import os, sys
+sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p or ".", "snippets"))]
+"""
+WHERE = "import snippets\nprint('snippets from', snippets.__path__[0])"
+
+
+@pytest.mark.parametrize("source", EXECUTED)
+def test_the_notebook_runs_in_an_empty_folder(source, site, tmp_path):
+    stem = source.rpartition(".")[0]
+    notebook = nbformat.read(site / f"carry/{stem}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    cells = read_page(ROOT / "site_src", source).cells
+    codes = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert [code.strip("\n") for code in codes[1:]] == [cell.code.strip("\n") for cell in cells]
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(CUSTOMIZE)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    notebook.cells.append(nbformat.v4.new_code_cell(WHERE))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(tmp_path / "hook"), "PIP_NO_INDEX": "1"}
+    client = NotebookClient(
+        notebook,
+        timeout=240,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(empty)}},
+    )
+    client.execute(env=environment)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    first = "".join(output.get("text", "") for output in code[0].outputs)
+    assert first == "", "all is installed, and nothing is missing"
+    if "from snippets" in "".join(codes[1:]):
+        assert code[-1].outputs[0].text == f"snippets from {empty}/snippets\n"
+    written = {p.relative_to(empty).as_posix() for p in empty.rglob("*.py")}
+    assert not [p for p in written if "jaxtyping" in (empty / p).read_text().split("import")]
