@@ -96,7 +96,7 @@ def test_links_are_absolute_where_the_site_has_an_address(tmp_path):
     assert source == (
         "[b](https://example.org/docs/topic/b.html#part) [c](https://example.org/docs/) "
         "[d](https://example.org/docs/topic/a.html#here) ![f](https://example.org/docs/topic/f.png) "
-        "[g](https://example.org/docs/x.py)\n\n[h](https://example.org/docs/topic/n/)"
+        "[g](https://example.org/docs/x.py)\n\n[h](https://example.org/docs/topic/n.html)"
     )
 
 
