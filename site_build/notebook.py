@@ -23,8 +23,9 @@ GITHUB = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?$")
 BOX = re.compile(r'(?P<kind>!!!|\?\?\?\+?|===!?\+?) *(?P<type>[\w -]*?) *("(?P<title>.*)")? *$')
 CODE = r"^[> ]*(?P<ticks>`{3,}|~{3,})[\s\S]*?^[> ]*(?P=ticks)|(?P<tick>`+).*?(?P=tick)"
 MATHS = r"\$\$[\s\S]+?\$\$|\$[^$\n]+\$"
-REMOVED = (  # comments, attribute lists, definitions of abbreviations
-    r"<!--[\s\S]*?-->|(?:(?<=[)\]`*])|(?<=\s)|^)\{:? *[.#][A-Za-z][^{}\n]*\}[ \t]*$|^\*\[.+\]:.*\n?"
+REMOVED = (  # divisions, comments, attribute lists, definitions of abbreviations
+    r"^</?div[^>]*>[ \t]*$|<!--[\s\S]*?-->|"
+    r"(?:(?<=[)\]`*])|(?<=\s)|^)\{:? *[.#][A-Za-z][^{}\n]*\}[ \t]*$|^\*\[.+\]:.*\n?"
 )
 LINK = r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<to>[^)\s]+)[^)]*\)(?P<attributes>\{[^{}\n]*\})?"
 MARKUP = re.compile(rf"(?P<kept>{CODE}|{MATHS})|(?P<removed>{REMOVED})|{LINK}", re.MULTILINE)

@@ -1,6 +1,7 @@
 """A page as a notebook: prose that any notebook shows, cells as they are, the files they use."""
 
 import json
+import sys
 
 import nbformat
 import pytest
@@ -31,6 +32,7 @@ def prose(root, text: str, source: str = "a.md", **options) -> list[tuple]:
     [
         ("---\ntitle: T\n---\n# H { #id .x }\n\nText.", "# H\n\nText."),
         ("# H <!-- not\nshown --> a", "# H  a"),
+        ("<div class=x markdown>\nIn.\n</div>", "In."),
         ("*[KV]: key and value\nThe KV.", "The KV."),
         ("Maths $a_{.x}$ and\n\n$$\n{.b}[c](d)\n$$", "Maths $a_{.x}$ and\n\n$$\n{.b}[c](d)\n$$"),
         ("`[a](b.md)` and [`c`](#h)", "`[a](b.md)` and `c`"),
@@ -149,6 +151,29 @@ def test_the_first_cell_writes_what_the_run_used(quick, tmp_path, monkeypatch, c
     said = run_first_cell(quick, tmp_path, monkeypatch, capsys)
     assert "your own file stays as it is: data/words.txt" in said
     assert (folder / "data/words.txt").read_text() == "my own"
+
+
+def test_what_a_prepare_module_makes_is_made_not_written(quick, tmp_path, monkeypatch, capsys):
+    maker = (
+        "import filelock\nfrom pathlib import Path\n\n\ndef prepare(root):\n    assert filelock\n"
+        "    (root / 'build/data').mkdir(parents=True, exist_ok=True)\n"
+        "    (root / 'build/data/made.txt').write_text('made')\n"
+    )
+    quick.write("makers/__init__.py", "")
+    quick.write("makers/made.py", maker)
+    quick.options |= {"prepare": ["makers.made"]}
+    monkeypatch.syspath_prepend(str(quick.root))
+    quick.page("a.md", "assert open('build/data/made.txt').read() == 'made'")
+    quick.page("b.md", "import math\nassert math.pi")
+    quick.build()
+    assert "makers=[]" in read(quick, "b").cells[1].source
+    source = read(quick).cells[1].source
+    assert "packages={'filelock': " in source and "data/made.txt" not in source.replace(maker, "")
+    monkeypatch.syspath_prepend("")
+    for name in ("makers", "makers.made"):
+        monkeypatch.delitem(sys.modules, name)
+    assert "missing" not in run_first_cell(quick, tmp_path, monkeypatch, capsys)
+    assert (tmp_path / "elsewhere/build/data/made.txt").read_text() == "made"
 
 
 def test_the_first_cell_installs_only_what_is_missing(quick, tmp_path, monkeypatch, capsys):
