@@ -1,4 +1,4 @@
-"""Every address of the site in Chromium: desk and phone, light and dark, from disk too."""
+"""Every address of the site in Chromium: on a desk and a phone, light and dark, from disk too."""
 
 from pathlib import Path
 
@@ -26,11 +26,11 @@ ONE_OF_EACH_COLOUR = """() => {
   }
 }"""
 # KaTeX's glyphs are hidden from screen readers and have the colour of the text around them.
-RUN_AXE = """rules => axe.run(
-  { exclude: [".katex"] }, { runOnly: rules, resultTypes: ["violations"] }
-).then(done => done.violations.map(
-  v => [v.id, v.nodes.map(n => n.target.join(" ")).slice(0, 3)]
-))"""
+RUN_AXE = """async rules => {
+  const options = { runOnly: rules, resultTypes: ["violations"] }
+  const { violations } = await axe.run({ exclude: [".katex"] }, options)
+  return violations.map(v => [v.id, v.nodes.map(n => n.target.join(" ")).slice(0, 3)])
+}"""
 
 
 @pytest.fixture(scope="session")

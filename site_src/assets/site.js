@@ -30,6 +30,19 @@ function quieten(root) {
   for (const bar of root.querySelectorAll("nav.md-code__nav")) bar.setAttribute("role", "none")
 }
 
+/* The theme leaves a section with a page of its own without a name, and gives two sections of one
+   name, as Attention and the API's Attention, nothing to tell them apart. */
+const nameOf = (label) => label.parentElement.querySelector(".md-ellipsis").textContent.trim()
+for (const nav of document.querySelectorAll(".md-nav .md-nav[aria-labelledby]")) {
+  const label = document.getElementById(nav.getAttribute("aria-labelledby"))
+  const outer = nav.parentElement.closest(".md-nav[aria-labelledby]")
+  const above = outer && document.getElementById(outer.getAttribute("aria-labelledby"))
+  const unseen = document.createElement("span")
+  unseen.className = "fp-unseen"
+  unseen.textContent = label.querySelector(".md-ellipsis") ? "" : nameOf(label)
+  if (above) unseen.textContent += ` in ${nameOf(above)}`
+  label.append(unseen)
+}
 document.querySelector(".md-search")?.setAttribute("aria-label", "Search")
 quieten(document)
 new MutationObserver((changes) => {

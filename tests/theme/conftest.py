@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ class Shell:
         (root / "mkdocs.yml").write_text(re.sub(r"preload:\n( +- .*\n)+", "workers: 1\n", config))
         (root / "theme").symlink_to(ROOT / "theme")
         (root / "site_src/reference").mkdir(parents=True)
-        (root / "site_src/assets").symlink_to(ROOT / "site_src/assets")
+        shutil.copytree(ROOT / "site_src/assets", root / "site_src/assets")
         self.page("index.md", "# Start\n\nA page.")
         self.page("reference/tags.md", "# Families\n\n<!-- material/tags -->")
 

@@ -8,7 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
+from tests.browser import chromium, watched
+from tests.site_build.test_serve import Server
 from theme import assets, csp, search, tables
 
 CDN = re.compile(
@@ -131,6 +134,38 @@ def test_no_page_has_anything_of_the_notebook_plugin(site):
         assert "jupyter-wrapper" not in page and "MathJax" not in page and "jp-" not in page
 
 
+def test_a_notebook_in_the_classic_look_obeys_the_policy(shell):
+    cells = [
+        {"cell_type": "raw", "id": "a", "metadata": {}, "source": "---\nnotebook: classic\n---"},
+        {"cell_type": "markdown", "id": "b", "metadata": {}, "source": "# A notebook"},
+        {"cell_type": "code", "id": "c", "metadata": {}, "outputs": [], "execution_count": None}
+        | {"source": "import math\nassert math.pi"},
+    ]
+    notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    shell.page("n.ipynb", json.dumps(notebook))
+    code, output = shell.build()
+    assert code == 0, output
+    page = shell.html("n.html")
+    assert "jupyter-wrapper" in page and not refused(page)
+
+
+def test_served_pages_reload_themselves(shell):
+    shell.page("a.md", "# A\n\nbefore")
+    server = Server(shell)
+    try:
+        server.wait_for("a.html", "before")
+        base = f"http://127.0.0.1:{server.port}/"
+        with chromium() as browser:
+            tab, troubles = watched(browser.new_context(), base)
+            tab.goto(base + "a.html")
+            shell.page("a.md", "# A\n\nafter")
+            expect(tab.get_by_text("after")).to_be_visible(timeout=60_000)
+        assert not [t for t in troubles if "failed" not in t], troubles  # the cut-off poll
+    finally:
+        server.process.terminate()
+        server.process.wait(timeout=20)
+
+
 def test_an_unknown_family_fails_the_build(shell):
     shell.page("a.md", "---\ntags: [Llama]\n---\n# A\n\nWords.")
     assert shell.build()[0] == 0
@@ -141,10 +176,8 @@ def test_an_unknown_family_fails_the_build(shell):
     assert code != 0 and "'a.md'" in output and "Lama" in output
 
 
-def test_a_mermaid_fence_fails_the_build(shell):
-    fence = "pymdownx.superfences:\n      custom_fences:\n        - {name: mermaid, class: mermaid"
-    shell.edit("mkdocs.yml", "pymdownx.superfences", fence + "}")
-    shell.page("a.md", "# A\n\n```mermaid\ngraph LR\n  A --> B\n```")
+def test_a_diagram_for_the_browser_to_draw_fails_the_build(shell):
+    shell.page("a.md", '# A\n\n<pre class="mermaid">graph LR; A --> B</pre>')
     code, output = shell.build()
     assert code == 1 and "a.md: no script draws mermaid fences here" in output
 
@@ -192,6 +225,14 @@ def test_names_are_found_by_their_parts():
     assert unseen("nn.RMSNorm(x), RMSNorm(y), LayerNorm") == ["norm"]  # once a section
     for plain in ("plain words", "__init__", "<p>LLM</p>", "x_1", "A &lt; B"):
         assert search.with_parts(plain) == plain
+
+
+def test_a_name_is_one_word_to_the_search(site):
+    index = json.loads((site / "search/search_index.json").read_text("utf-8"))
+    words = re.compile(index["config"]["separator"]).split(
+        "np.random.default_rng(0); q_proj=nn.RMSNorm(1.5) -&gt; key-value/head, F.sdpa[x_1]"
+    )
+    assert {"default_rng", "q_proj", "RMSNorm", "1.5", "key", "value", "sdpa", "x_1"} <= set(words)
 
 
 def test_outputs_stay_out_of_the_search(site, report):
