@@ -1,1 +1,1 @@
-"""What MkDocs gets besides the pages: maths at build time."""
+"""What MkDocs gets besides the pages: maths, diagrams and the API, all at build time."""

@@ -162,8 +162,9 @@ def main() -> None:
     kept = folder / FOLDER
     wanted = {diagram.name: diagram for diagram in diagrams(folder)}
     refused = [f"{d.place}: {d.problem}" for d in wanted.values() if d.problem]
-    missing = [d for d in wanted.values() if not (kept / f"{d.name}.svg").is_file()]
-    if missing and not refused:
+    described = [d for d in wanted.values() if not d.problem]
+    missing = [d for d in described if not (kept / f"{d.name}.svg").is_file()]
+    if missing:
         from theme.mermaid import RenderFailed, browser
 
         kept.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,8 @@ async function prepare(config, names) {
   const entries = Object.entries(names);
   colours = Object.fromEntries(entries.map(([hex, name]) => [`rgb(${rgb(hex)})`, `var(--diagram-${name})`]));
   for (const family of Object.keys(FONTS))
-    for (const weight of [400, 700]) await document.fonts.load(`${weight} 14px "${family}"`);
+    for (const weight of [400, 700])
+      if (!(await document.fonts.load(`${weight} 14px "${family}"`)).length) throw Error(`no font ${family}`);
   mermaid.initialize(config);
 }
 

@@ -62,19 +62,6 @@ CONFIG = {
         "useMaxWidth": False,
     },
     "sequence": {"height": 40, "useMaxWidth": False},
-    # A diagram that brings its own colours would not follow the scheme.
-    "secure": [
-        "secure",
-        "securityLevel",
-        "startOnLoad",
-        "theme",
-        "themeVariables",
-        "themeCSS",
-        "fontFamily",
-        "fontSize",
-        "htmlLabels",
-        "look",
-    ],
 }
 FONTS = {"Inter": "inter-latin", "JetBrains Mono": "jetbrains-mono-latin"}
 SHAPES = ":is(rect,path,polygon,circle,ellipse)"

@@ -168,7 +168,7 @@ def test_what_a_prepare_module_makes_is_made_not_written(quick, tmp_path, monkey
     quick.build()
     assert "makers=[]" in read(quick, "b").cells[1].source
     source = read(quick).cells[1].source
-    assert "packages={'filelock': " in source and "data/made.txt" not in source.replace(maker, "")
+    assert "packages={'filelock': " in source
     monkeypatch.syspath_prepend("")
     for name in ("makers", "makers.made"):
         monkeypatch.delitem(sys.modules, name)

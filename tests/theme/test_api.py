@@ -88,8 +88,14 @@ def test_signatures_show_shapes_a_parameter_a_line(site):
     ]
 
 
+def test_mkdocstrings_wraps_signatures_in_our_way(monkeypatch):
+    monkeypatch.setattr(rendering, "_get_formatter", rendering._get_formatter)  # to be put back
+    monkeypatch.setattr(signatures, "wrap", lambda code, length: "def x(\n  ours\n):\n    pass\n")
+    signatures.install()
+    assert rendering._format_signature("f", "(a, b, c)", 5) == "f(\n  ours\n)"
+
+
 def test_wrapping_leaves_strings_and_brackets_whole():
-    assert rendering._get_formatter() is not None  # the name that `install` replaces
     code = (
         'def f(a: dict[str, tuple[int, int]] = {}, *, b: str = ", )", c=(1, 2)) -> list[int]: pass'
     )
