@@ -1,55 +1,69 @@
 """The key-value cache: what attention keeps of the tokens it has seen.
 
-A token's keys and values depend on that token and its past only (Shazeer 2019,
-arXiv:1911.02150, counts what reading them costs). So a model that writes text computes
-them once and keeps them.
+In causal attention a token's keys and values depend on that token and its past only,
+so a model that writes text computes them once and keeps them. What reading them again
+costs is counted by Shazeer 2019, arXiv:1911.02150.
 
-Axes: b batch, g key-value head, s tokens kept, t new tokens, k features.
+Axes: b batch, g key-value head, t new token, s token kept or new (s >= t), k features.
 """
 
-from jaxtyping import Float
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from snippets.attention.scaled_dot_product import causal_mask
 
 
 class LayerCache:
     """What one layer keeps: one or several tensors that grow along their token axis.
 
-    Grouped-query attention keeps keys and values, b g s k; others keep something else.
-    Room is taken in advance and doubled when it is used up: appending one token copies
-    that token, not all the earlier ones.
+    Grouped-query attention keeps keys and values, b g s k. Other layers keep other
+    tensors, which need no axis of heads and may differ in width. A layer that keeps
+    them in another way overrides `append` and `nbytes`; `length` still counts the
+    tokens it has seen.
+
+    Room is taken ahead and doubled when it is used up: on average a token is written
+    three times at most, however long the text. To forget the last tokens, lower
+    `length`; the next ones are written over them.
+
+    Writing in place is for inference. If autograd needs what was overwritten, or what
+    shares its memory, `backward` raises.
     """
 
     def __init__(self):
         self.length = 0  # tokens seen
-        self.store: list[Tensor] = []
+        self.store: list[Tensor] = []  # b g _ k; behind those seen there is room
 
-    def append(self, *new: Float[Tensor, "b *g t _"]) -> tuple[Float[Tensor, "b *g s _"], ...]:
+    def append(self, *new: Float[Tensor, "b ... t _"]) -> tuple[Float[Tensor, "b ... s _"], ...]:
         """Keep the new tokens' tensors; return each with the kept ones before it.
 
-        Raises:
-            ValueError: the new tensors don't continue those that are kept.
-        """
-        end = self.length + new[0].shape[-2]
-        if not self.store:
-            self.store = [tensor[..., :0, :] for tensor in new]
-        for kept, tensor in zip(self.store, new, strict=True):
-            if kept[..., :0, :].shape != tensor[..., :0, :].shape or kept.dtype != tensor.dtype:
-                raise ValueError(
-                    f"a cache of {tuple(kept.shape)}, {kept.dtype}, can't be continued with "
-                    f"{tuple(tensor.shape)}, {tensor.dtype}; another prompt needs a new cache"
-                )
-        if end > self.store[0].shape[-2]:
-            self.store = [self.with_room(kept, 2 * end) for kept in self.store]
-        for kept, tensor in zip(self.store, new, strict=True):
-            kept[..., self.length : end, :] = tensor
-        self.length = end
-        return tuple(kept[..., :end, :] for kept in self.store)
+        What is returned are views of the store; later tokens are written behind them.
 
-    def with_room(self, kept: Tensor, tokens: int) -> Tensor:
-        """The same tensor with room for more tokens."""
-        room = kept.new_empty(*kept.shape[:-2], tokens, kept.shape[-1])
-        room[..., : self.length, :] = kept[..., : self.length, :]
-        return room
+        Raises:
+            ValueError: the new tensors don't continue those that are kept. The cache
+                is as it was.
+        """
+        store = self.store or [tensor[..., :0, :] for tensor in new]
+        same = [kind(tensor) for tensor in new] == [kind(kept) for kept in store]
+        if not same or len({tensor.shape[-2] for tensor in new}) != 1:
+            raise ValueError(
+                f"a cache of {described(kept[..., : self.length, :] for kept in store)} can't be "
+                f"continued with {described(new)}; another prompt needs a new cache"
+            )
+        end = self.length + new[0].shape[-2]
+        if end > store[0].shape[-2]:
+            store = [with_room(kept, self.length, 2 * end) for kept in store]
+        for kept, tensor in zip(store, new, strict=True):
+            kept[..., self.length : end, :] = tensor
+        self.store, self.length = store, end
+        return tuple(kept[..., :end, :] for kept in store)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the kept tokens take, without the room behind them."""
+        return sum(kept[..., : self.length, :].nbytes for kept in self.store)
 
 
 class KVCache:
@@ -66,14 +80,61 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens seen so far, padding included."""
+        """Tokens seen so far, padding included.
+
+        While a model runs, its first layer has already counted the new ones.
+        """
         return self.layers[0].length
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the kept tokens take, without the room ahead of them."""
-        return sum(
-            kept[..., : layer.length, :].numel() * kept.element_size()
-            for layer in self.layers
-            for kept in layer.store
+        """Bytes that the kept tokens take, over all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def with_room(
+    kept: Float[Tensor, "b ... _ k"], length: int, tokens: int
+) -> Float[Tensor, "b ... {tokens} k"]:
+    """A store for so many tokens, which begins with the first `length` of `kept`."""
+    room = kept.new_empty(*kept.shape[:-2], tokens, kept.shape[-1])
+    room[..., :length, :] = kept[..., :length, :]
+    return room
+
+
+def kind(tensor: Tensor) -> tuple:
+    """What must stay the same from call to call: all but the number of tokens."""
+    return (*tensor.shape[:-2], tensor.shape[-1], tensor.dtype, tensor.device)
+
+
+def described(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors) or "nothing"
+
+
+def places(
+    input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b s"] | None, past: int
+) -> tuple[Int[Tensor, "*b t"], Bool[Tensor, "b 1 t s"] | None]:
+    """Positions of t new tokens after `past` kept ones, and who may attend to whom.
+
+    Args:
+        input_ids: the new tokens.
+        attention_mask: 1 for tokens and 0 for padding, over kept and new tokens; None
+            means no padding, and gives None for the second, which is causal.
+        past: the length of the cache before it gets the new tokens.
+
+    Raises:
+        ValueError: the attention mask isn't as long as kept and new tokens.
+    """
+    b, t = input_ids.shape
+    s = past + t
+    if attention_mask is None:
+        return torch.arange(past, s, device=input_ids.device), None
+    if attention_mask.shape != (b, s):
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)}, for {b} sequences of "
+            f"{past} cached and {t} new tokens"
         )
+    # Positions count tokens, not padding: padded on the left, a text still starts at 0.
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # b t
+    # Padding that stands first has no key to attend to: a row without True.
+    allowed = causal_mask(t, s, device=input_ids.device) & attention_mask[:, None, None].bool()
+    return positions, allowed  # b 1 t s

@@ -87,8 +87,9 @@ def yarn(
     """NTK-by-parts: a pair keeps its frequency, has it divided by s, or gets a mixture.
 
     Kept where a pair turns at least `beta_fast` times in the trained length, divided where at
-    most `beta_slow` times, a line over the *index* of the pair in between. `truncate`
-    widens that stretch to whole indices, as the authors' code does and the paper doesn't.
+    most `beta_slow` times, and a line in between. The line runs over the *index* of the pair,
+    as in the authors' code, and `truncate` widens it to whole indices; the paper's runs over
+    the turns and isn't widened, which is `llama3` with these limits.
 
     Raises:
         ValueError: beta_fast is below beta_slow.
@@ -140,7 +141,7 @@ def llama3(
     low_freq_factor: float | int,
     high_freq_factor: float | int,
 ) -> Float[Tensor, " f"]:
-    """Llama 3.1's: like YaRN's, but the line runs over the *turns* in the trained length.
+    """Llama 3.1's: like YaRN's, with a line over the *turns* in the trained length.
 
     Kept from `high_freq_factor` turns on, divided up to `low_freq_factor`; no attention factor.
 
