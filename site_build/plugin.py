@@ -125,7 +125,9 @@ class PagesPlugin(BasePlugin):
 
     def _watch_used(self):
         """Rebuild when a file changes that a page used, wherever it is."""
-        used = {key for entry in self.engine.entries.values() for key in entry["uses"]}
+        uses = [entry["uses"].items() for entry in self.engine.entries.values()]
+        # What was absent may be no path at all: IPython looks for a file named as a text.
+        used = {key for group in uses for key, state in group if state != "absent"}
         for key in used - self.watched:
             path = self.engine.root / key
             if path.is_file() and not path.is_relative_to(self.engine.root / "snippets"):

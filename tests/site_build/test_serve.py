@@ -141,6 +141,13 @@ def test_an_edited_module_or_data_file_shows(project, serve):
     server.wait_for("a/", "data 18")
 
 
+def test_a_long_text_that_ipython_took_for_a_file_name(project, serve):
+    shown = "from IPython.display import Markdown, display\ndisplay(Markdown('| a |\\n|---|' * 50))"
+    project.page("a.md", f"{shown}\n{GOOD}")
+    project.build()
+    serve().wait_for("a/", "value 1")
+
+
 def test_a_build_beside_a_serve(project, serve):
     project.page("a.md", GOOD)
     server = serve()

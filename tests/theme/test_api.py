@@ -10,6 +10,7 @@ import griffe
 import pytest
 from mkdocstrings_handlers.python._internal import rendering
 
+from site_build.options import stems
 from theme import api, signatures
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +113,7 @@ def test_topics_follow_the_navigation(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     nav = [{"Home": "index.md"}, {"T": ["b/two.ipynb", "b/one.md", {"A": ["a/x.md"]}]}]
-    topics = api.in_order(api.modules(tmp_path), api.leaves(nav))
+    topics = api.in_order(api.modules(tmp_path), stems(nav))
     assert topics == {"b": ["b/two", "b/one"], "a": ["a/x"], "common": ["common/proof"]}
     added = api.with_topics([*nav, {"API": api.INDEX}], list(topics))
     pages = [f"reference/api/{name}.md" for name in ("index", "b", "a", "common")]
