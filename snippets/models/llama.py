@@ -8,8 +8,6 @@ Axes: b batch, t token, s cached and new tokens, d hidden size, v vocabulary, f 
 (head dim 2 f).
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,33 +23,8 @@ from snippets.attention.scaled_dot_product import causal_mask
 from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
 from snippets.layers.rmsnorm import RMSNorm
 from snippets.layers.swiglu import ACTIVATIONS, GatedMLP
-from snippets.position.rope import inverse_frequencies, rope_table
-
-STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def stretched(inv_freq: Float[Tensor, " f"], scaling: Mapping[str, Any]) -> Float[Tensor, " f"]:
-    """Llama 3.1's rotary frequencies, slowed down to reach beyond the 8,192 tokens of Llama 3.
-
-    A pair that turns at least `high_freq_factor` times in the original context keeps its
-    frequency, one that turns at most `low_freq_factor` times has it divided by `factor`,
-    and those in between get a mixture. From the released code (`apply_scaling` in
-    github.com/meta-llama/llama-models).
-    """
-    factor, low, high, context = (scaling[key] for key in STRETCH)
-    turns = context * inv_freq / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # f
-    return kept * inv_freq + (1 - kept) * inv_freq / factor
-
-
-def refuse_other_scaling(scaling: Mapping[str, Any]) -> None:
-    if scaling.get("rope_type") != "llama3":
-        raise ValueError(f"rope_scaling={scaling} isn't supported; known rope_type: llama3")
-    numbers = {key for key, value in scaling.items() if isinstance(value, (int, float))}
-    if numbers != set(STRETCH) or scaling.keys() != {"rope_type", *STRETCH}:
-        raise ValueError(f"rope_scaling={scaling}, llama3 takes the numbers {', '.join(STRETCH)}")
-    if not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
-        raise ValueError(f"rope_scaling={scaling}: low_freq_factor isn't below high_freq_factor")
+from snippets.position.context_extension import scaled_frequencies
+from snippets.position.rope import rope_table
 
 
 @dataclass(frozen=True)
@@ -73,7 +46,7 @@ class LlamaConfig:
     max_position_embeddings: int = 2048  # where training ended; not enforced
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # "llama3", see `stretched`
+    rope_scaling: dict[str, Any] | None = None  # since Llama 3.1: "llama3"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -89,17 +62,26 @@ class LlamaConfig:
             raise ValueError(f"uneven: num_attention_heads={heads}, num_key_value_heads={kv_heads}")
         if self.head_dim is None and self.hidden_size % heads:
             raise ValueError(f"uneven: hidden_size={self.hidden_size}, num_attention_heads={heads}")
-        if self.size_of_head % 2:
-            raise ValueError(f"rotary pairs need an even head_dim, not {self.size_of_head}")
         if self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"hidden_act={self.hidden_act!r} isn't supported; known: {known}")
-        if self.rope_scaling is not None:
-            refuse_other_scaling(self.rope_scaling)
+        scaling = self.rope_scaling or {}
+        if (kind := scaling.get("rope_type", scaling.get("type"))) in ("dynamic", "longrope"):
+            raise ValueError(f"rope_type={kind!r} isn't supported: it depends on the text's length")
+        self.frequencies()  # refuses what it can't read
 
     @property
     def size_of_head(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def frequencies(self) -> tuple[Float[Tensor, " f"], float]:
+        """Of the rotation, and the factor on its cosine and sine."""
+        return scaled_frequencies(
+            head_dim=self.size_of_head,
+            rope_theta=self.rope_theta,
+            rope_scaling=self.rope_scaling,
+            max_position_embeddings=self.max_position_embeddings,
+        )
 
 
 class LlamaLayer(nn.Module):
@@ -154,12 +136,9 @@ class LlamaModel(nn.Module):
         x = self.embed_tokens(input_ids)  # b t d
         positions, mask = places(input_ids, attention_mask, 0 if cache is None else cache.length)
         # Not a buffer: `.bfloat16()` would round it, `meta` would leave it empty.
-        inv_freq = inverse_frequencies(
-            head_dim=self.config.size_of_head, rope_theta=self.config.rope_theta
-        )
-        if self.config.rope_scaling is not None:
-            inv_freq = stretched(inv_freq, self.config.rope_scaling)
-        rotation = rope_table(inv_freq.to(x.device), positions, x.dtype)
+        inv_freq, factor = self.config.frequencies()
+        cos, sin = rope_table(inv_freq.to(x.device), positions)  # t f or b t f
+        rotation = (factor * cos).to(x.dtype), (factor * sin).to(x.dtype)
         for number, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, None if cache is None else cache[number])
         return self.norm(x)

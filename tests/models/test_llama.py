@@ -10,12 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from snippets.common.checkpoint import CheckpointError
 from snippets.common.generate import generate
-from snippets.models.llama import Llama, LlamaConfig, stretched
-from snippets.position.rope import inverse_frequencies
+from snippets.models.llama import Llama, LlamaConfig
 from weights import smollm2
 
 ROOT = Path(__file__).parents[2]
@@ -31,12 +29,13 @@ BASE = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+ORIGINAL = "original_max_position_embeddings"
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8,  # below T: all three kinds of frequencies occur
+    ORIGINAL: 8,  # below T: all three kinds of frequencies occur
 }
 CONFIGS = {
     "untied": {},
@@ -46,6 +45,8 @@ CONFIGS = {
     "multi-head, gelu": {"num_key_value_heads": 6, "hidden_act": "gelu_pytorch_tanh"},
     "multi-query, large eps": {"num_key_value_heads": 1, "rms_norm_eps": 0.1},
     "Llama 3.1's frequencies": {"head_dim": 14, "rope": LLAMA3},
+    "linear": {"rope": {"rope_type": "linear", "factor": 4.0}},
+    "YaRN": {"rope": {"rope_type": "yarn", "factor": 8.0, ORIGINAL: 8}},
 }
 
 
@@ -98,16 +99,17 @@ def test_half_precision_is_kept_or_chosen(dtype, tmp_path):
         assert_close(chosen(ids), theirs.float()(ids).logits)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(folder, side):
+@pytest.mark.parametrize("padding", [slice(4), slice(T - 4, T), slice(5, 8)])
+def test_padding_changes_nothing(folder, padding):
+    """On the left, on the right, or in between: positions count tokens."""
     ours, ids = Llama.from_pretrained(folder), prompt()
     theirs = LlamaForCausalLM.from_pretrained(folder)
     mask = torch.ones(B, T, dtype=torch.long)
-    mask[1, : 4 if side == "left" else None] = 0
-    if side == "right":
-        mask[1] = torch.arange(T) < T - 4
+    mask[1, padding] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        padded, expected = ours(ids, mask), theirs(ids, mask).logits
+        padded = ours(ids, mask)
+        expected = theirs(ids, attention_mask=mask, position_ids=positions).logits
         alone = ours(ids[1:, mask[1].bool()])
     assert_close(padded[mask.bool()], expected[mask.bool()])
     assert_close(padded[1][mask[1].bool()], alone[0])
@@ -191,20 +193,6 @@ def test_every_spelling_of_rope_is_read_as_transformers_reads_it(folder, spellin
     assert (ours - before).abs().max() > 0.01
 
 
-def test_stretched_frequencies_of_llama_3_1():
-    """At full size: kept, mixed and divided ones, as transformers computes them."""
-    sizes = {"hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 131072}
-    real = LLAMA3 | {"original_max_position_embeddings": 8192}
-    rope = real | {"rope_theta": 500000.0}
-    config = transformers.LlamaConfig(**sizes, rope_parameters=rope)
-    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
-    plain = inverse_frequencies(head_dim=128, rope_theta=500000.0)
-    found = stretched(plain, real)
-    assert_close(found, expected)
-    kept, divided = found == plain, found == plain / 8
-    assert kept.any() and divided.any() and not (kept | divided).all()
-
-
 REFUSED = [
     ({"hidden_act": "swish2"}, "hidden_act='swish2'"),
     ({"model_type": "mistral"}, "model_type='mistral'"),
@@ -214,15 +202,16 @@ REFUSED = [
     ({"num_key_value_heads": 0}, "num_key_value_heads=0 is below 1"),
     ({"num_hidden_layers": 0}, "num_hidden_layers=0 is below 1"),
     ({"hidden_size": 50, "head_dim": None}, "uneven: hidden_size=50, num_attention_heads=6"),
-    ({"head_dim": 7}, "even head_dim, not 7"),
+    ({"head_dim": 7}, "features don't pair up: head_dim=7"),
 ]
 REFUSED_ROPE = [
-    ({"rope_type": "spiral", "factor": 2.0}, "rope.*'spiral'.* known rope_type: llama3"),
-    ({"type": "linear", "factor": 2.0}, "rope.*'linear'.* known rope_type: llama3"),
-    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"rope_type": "llama3", "factor": 8.0}, "llama3 takes the numbers factor, low_freq"),
-    (LLAMA3 | {"factor": "8"}, "llama3 takes the numbers"),
-    (LLAMA3 | {"extra": 1.0}, "llama3 takes the numbers"),
+    ({"rope_type": "spiral", "factor": 2.0}, "rope_type='spiral' isn't known"),
+    ({"type": "dynamic", "factor": 2.0}, "rope_type='dynamic' isn't supported"),
+    ({"rope_type": "longrope"}, "rope_type='longrope' isn't supported"),
+    ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ({"rope_type": "llama3", "factor": 8.0}, "original_max_position_embeddings is missing"),
+    (LLAMA3 | {"factor": "8"}, "factor='8' doesn't fit"),
+    (LLAMA3 | {"extra": 1.0}, "extra=1.0 isn't a key of rope_type='llama3'"),
     (LLAMA3 | {"low_freq_factor": 4.0}, "low_freq_factor isn't below high_freq_factor"),
 ]
 

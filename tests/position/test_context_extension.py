@@ -69,6 +69,7 @@ CASES = PUBLISHED | {name: (K, THETA, 4 * TRAINED, SMALL[name]) for name in SMAL
 # Limits of the ramp beyond the first and the last pair.
 CASES["yarn, ramp from below 0"] = (K, THETA, 500, YARN | {LENGTH: 100})
 CASES["yarn, ramp beyond the head dim"] = (K, 8.0, 4 * TRAINED, YARN)
+CASES["yarn, ramp without width"] = (K, THETA, 25, YARN | {LENGTH: 5})
 
 
 def config(head_dim, theta, limit, scaling, kind=LlamaConfig):
