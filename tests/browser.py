@@ -64,8 +64,6 @@ def watched(context, base: str):
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
     def log_message(self, *args): ...
 
 

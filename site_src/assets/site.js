@@ -48,6 +48,5 @@ quieten(document)
 new MutationObserver((changes) => {
   for (const { target } of changes) quieten(target)
 }).observe(document.querySelector("main"), { childList: true, subtree: true })
-reach()
 addEventListener("load", reach)
 addEventListener("resize", reach)

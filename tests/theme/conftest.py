@@ -20,7 +20,9 @@ class Shell:
         self.site = root / "site"
         config = (ROOT / "mkdocs.yml").read_text("utf-8")
         config = re.sub(r"^nav:\n(  .*\n)+", "", config, flags=re.MULTILINE)
-        (root / "mkdocs.yml").write_text(re.sub(r"preload:\n( +- .*\n)+", "workers: 1\n", config))
+        # These pages need nothing loaded or made before.
+        config = re.sub(r"(  - forward-pass:\n)( {6}.*\n)+", r"\1      workers: 1\n", config)
+        (root / "mkdocs.yml").write_text(config)
         (root / "theme").symlink_to(ROOT / "theme")
         (root / "site_src/reference").mkdir(parents=True)
         shutil.copytree(ROOT / "site_src/assets", root / "site_src/assets")

@@ -131,7 +131,7 @@ def test_text_and_outlines_stand_out(name):
 
 def test_the_paper_is_the_pages():
     """Labels hide the line behind them with it."""
-    site = (PAGES / "assets/site.css").read_text()
+    site = (PAGES / "assets/palette.css").read_text()
     for name in ("default", "slate"):
         blocks = re.findall(rf'\[data-md-color-scheme="{name}"\] {{(.*?)}}', site, re.DOTALL)
         assert f"--md-default-bg-color: {scheme(name)['paper']};" in "".join(blocks)
