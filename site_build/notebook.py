@@ -174,23 +174,23 @@ def top_level() -> dict[str, list[str]]:
 def packages_of(page: Page, entry: dict, site, makers: list[str]) -> dict[str, str]:
     """What the page's cells and modules import themselves; pip finds what that needs."""
     codes = [cell.code for cell in page.cells]
-    codes += [text for maker in makers for text in sources_of(maker, site).values()]
     codes += [text for name, text in files_of(entry, site)[0].items() if name.endswith(".py")]
+    oracles = {o["proof"].get("oracle") for cell in entry["outputs"] for o in cell if "proof" in o}
+    # Only what did run: a line of a docstring can look like an import.
+    needed = (named_in_imports(codes, site) | oracles) & entry["versions"].keys()
+    made = [text for maker in makers for text in sources_of(maker, site).values()]
+    needed = sorted((needed | named_in_imports(made, site)) - NOT_OURS)
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in needed}
+
+
+def named_in_imports(codes: list[str], site) -> set[str]:
+    """The distributions that these import, without the project's own."""
     names = set()
     for code in codes:
         for line in re.findall(r"^\s*(?:from\s+(\w+)|import\s+([\w., ]+))", code, re.MULTILINE):
             names |= {re.split(r"[. ]", name.strip())[0] for name in "".join(line).split(",")}
     names = {name for name in names if not (site.root / name).is_dir()}
-    found = {distribution for name in names for distribution in top_level().get(name, [])}
-    oracles = {
-        output["proof"].get("oracle")
-        for cell in entry["outputs"]
-        for output in cell
-        if "proof" in output
-    }
-    versions = {name: importlib.metadata.version(name) for name in found - NOT_OURS}
-    versions |= {name: entry["versions"][name] for name in oracles & entry["versions"].keys()}
-    return {name: version.partition("+")[0] for name, version in sorted(versions.items())}
+    return {distribution for name in names for distribution in top_level().get(name, [])}
 
 
 class Prose:
@@ -266,7 +266,7 @@ class Prose:
         if what == "proofs":
             return proofs_table(self.page, self.site).split("\n")
         if path.suffix != ".py" or not path.is_file():
-            return [f"*(On the page: {self.site.origin.page_address(self.page.stem)})*"]
+            return [f"[(On the page.)]({Path(self.page.source).name})"]
         code = plain(what, path.read_text("utf-8")).rstrip()
         return [f"`{what}`", "", *fence(code, "python", bare=True).split("\n")]
 

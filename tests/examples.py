@@ -51,6 +51,18 @@ def rope(m):
     ]
 
 
+def context_extension(m):
+    sizes = {"head_dim": 16, "rope_theta": 50.0}
+    trained = {"factor": 4.0, m.LENGTH: 64}
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return [
+        (lambda: m.linear(**sizes, factor=4.0),),
+        (lambda: m.dynamic(**sizes, factor=4.0, max_position_embeddings=64, length=100),),
+        (lambda: m.yarn(**sizes, **trained),),
+        (lambda: m.llama3(**sizes, **trained, **bands),),
+    ]
+
+
 def scaled_dot_product(m):
     q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)
     mask = m.causal_mask(5, 7) & (torch.rand(2, 1, 1, 7) < 0.7)
@@ -129,5 +141,6 @@ EXAMPLES = {
     "layers/rmsnorm": rmsnorm,
     "layers/swiglu": swiglu,
     "models/llama": llama,
+    "position/context_extension": context_extension,
     "position/rope": rope,
 }

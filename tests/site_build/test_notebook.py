@@ -33,6 +33,7 @@ def prose(root, text: str, source: str = "a.md", **options) -> list[tuple]:
         ("---\ntitle: T\n---\n# H { #id .x }\n\nText.", "# H\n\nText."),
         ("# H <!-- not\nshown --> a", "# H  a"),
         ("<div class=x markdown>\nIn.\n</div>", "In."),
+        ("<!-- show: topics -->", "(On the page.)"),
         ("*[KV]: key and value\nThe KV.", "The KV."),
         ("Maths $a_{.x}$ and\n\n$$\n{.b}[c](d)\n$$", "Maths $a_{.x}$ and\n\n$$\n{.b}[c](d)\n$$"),
         ("`[a](b.md)` and [`c`](#h)", "`[a](b.md)` and `c`"),
@@ -177,7 +178,9 @@ def test_what_a_prepare_module_makes_is_made_not_written(quick, tmp_path, monkey
 
 
 def test_the_first_cell_installs_only_what_is_missing(quick, tmp_path, monkeypatch, capsys):
-    quick.page("a.md", "import yaml, numpy.linalg as l\nimport math\nassert l and math.pi", NUMPY)
+    words = '"""Not one:\nimport torch\nfrom matplotlib\n"""\n'
+    code = f"{words}import yaml, numpy.linalg as l\nimport math\nassert l and math.pi"
+    quick.page("a.md", code, NUMPY)
     versions = quick.build() and quick.about("a.md")["versions"]
     source = read(quick).cells[1].source
     assert (
