@@ -48,11 +48,11 @@ class NGramModel:
         contexts, following = windows(tokens, self.order)
         if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"tokens outside 0 … {self.vocab_size - 1}")
-        known = dict.fromkeys(map(tuple, contexts.tolist()))  # each once
-        self.row = {context: row for row, context in enumerate(known)}
-        self.counts = torch.zeros(len(known) + 1, self.vocab_size, dtype=torch.int64)
+        self.row = {}
+        rows = [self.row.setdefault(tuple(c), len(self.row)) for c in contexts.tolist()]
+        self.counts = torch.zeros(len(self.row) + 1, self.vocab_size, dtype=torch.int64)
         # Not `counts[rows, following] += 1`, which counts a repeated pair once.
-        at = self.rows(contexts), following
+        at = torch.tensor(rows), following
         self.counts.index_put_(at, torch.tensor(1), accumulate=True)
         return self
 

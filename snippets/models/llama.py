@@ -18,8 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.gqa import GroupedQueryAttention
-from snippets.attention.kv_cache import KVCache, LayerCache
-from snippets.attention.scaled_dot_product import causal_mask
+from snippets.attention.kv_cache import KVCache, LayerCache, places
 from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
 from snippets.layers.rmsnorm import RMSNorm
 from snippets.layers.swiglu import ACTIVATIONS, GatedMLP
@@ -200,22 +199,3 @@ class Llama(nn.Module):
             model = cls(config)
         load_weights(model, tensors, source=folder)
         return model.eval()
-
-
-def places(
-    input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b s"] | None, past: int
-) -> tuple[Int[Tensor, "*b t"], Bool[Tensor, "b 1 t s"] | None]:
-    """Positions of the new tokens, and who may attend to whom; None is causal."""
-    b, t = input_ids.shape
-    s = past + t
-    if attention_mask is None:
-        return torch.arange(past, s, device=input_ids.device), None
-    if attention_mask.shape != (b, s):
-        raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)}, for {b} sequences of "
-            f"{past} cached and {t} new tokens"
-        )
-    # Positions count tokens, not padding: with padding on the left a text starts at 0.
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # b t
-    allowed = causal_mask(t, s, device=input_ids.device) & attention_mask[:, None, None].bool()
-    return positions, allowed  # b 1 t s

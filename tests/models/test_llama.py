@@ -93,6 +93,7 @@ def test_half_precision_is_kept_or_chosen(dtype, tmp_path):
     theirs, ids = LlamaForCausalLM.from_pretrained(tmp_path), prompt()
     kept = Llama.from_pretrained(tmp_path)
     assert {weight.dtype for weight in kept.parameters()} == {dtype}
+    assert not kept.training
     chosen = Llama.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         assert_close(kept(ids), theirs(ids).logits)
