@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .cache import Cache, Present, code_hash, environment, write_atomically
 from .facts import Origin
-from .notebook import notebook_links
+from .notebook import notebook_links, packages_of
 from .options import Options
 from .outputs import normalize
 from .pages import Page, SourceError, read_page
@@ -357,6 +357,8 @@ class Engine:
             draw = executed_notebook if suffix == "ipynb" else render
             try:
                 site.links[page.source] = notebook_links(page, entry, site)
+                if entry and not entry["error"]:
+                    site.packages[page.source] = packages_of(page, entry, site, [])
                 text = draw(page, entry, site)
             except (RenderError, FlattenError) as error:
                 problems.append(self.at(page, error.cell, 1, str(error)))

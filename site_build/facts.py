@@ -86,10 +86,10 @@ def head(page: Page, entry: dict | None, proofs: list[dict], links: list[str]) -
     return block("fp-head", lines if about else lines[3:])
 
 
-def foot(page: Page, entry: dict, origin: Origin, links: list[str]) -> str:
+def foot(page: Page, packages: dict[str, str], origin: Origin, links: list[str]) -> str:
     """Below the text: what the page ran on, and where to report what is wrong."""
     versions = [f"Python {platform.python_version()}"]
-    versions += [f"{name} {version}" for name, version in sorted(entry["versions"].items())]
+    versions += [f"{name} {version}" for name, version in packages.items()]
     ran = f"Ran on {', '.join(versions)}"
     lines = [f"{ran}{'; ' if origin.described else ''}{origin.described}.", *links]
     if origin.repo_url:

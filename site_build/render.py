@@ -39,6 +39,7 @@ class Site:
     origin: facts.Origin
     build: str = "build"  # the folder of what is made, and the modules that make it
     makers: list[str] = field(default_factory=list)
+    packages: dict[str, dict[str, str]] = field(default_factory=dict)  # page: what it is made with
     links: dict[str, list[str]] = field(default_factory=dict)  # page: what can be carried away
     files: dict[str, bytes] = field(default_factory=dict)  # to be written beside the pages
 
@@ -69,7 +70,8 @@ def render(page: Page, entry: dict | None, site: Site) -> str:
     headed = "minutes" in page.meta
     above = facts.head(page, entry, site.proofs, parts(page, site)) if headed else ""
     links = [] if headed else site.links.get(page.source, [])
-    below = facts.foot(page, entry, site.origin, links) if page.cells and entry else ""
+    packages = site.packages.get(page.source)
+    below = facts.foot(page, packages, site.origin, links) if packages is not None else ""
     return facts.with_head_and_foot(text, above, below) if above or below else text
 
 
