@@ -69,7 +69,7 @@ def notebook_links(page: Page, entry: dict | None, site) -> list[str]:
 
     None for a page that has not run, or not to its end.
     """
-    if not page.cells or not entry or entry["error"]:
+    if not entry or entry["error"]:
         return []
     name = f"carry/{page.stem}.ipynb"
     site.files[name] = make_notebook(page, entry, site).encode()
@@ -208,13 +208,12 @@ class Prose:
         for part in self.page.parts:
             items += [part] if isinstance(part, Cell) else part.split("\n")
         fence = None
-        for position, item in enumerate(items):
+        for item in items:
             if isinstance(item, Cell):
                 self.leave(len(item.indent))
                 self.flush()
                 folded = item.options.get("hide") in ("source", "all")
-                folded = folded or any(end == "folded" for _, _, end in self.boxes) or self.torn
-                self.done.append(("code", item.code.strip("\n"), folded))
+                self.done.append(("code", item.code.strip("\n"), folded or self.torn))
                 if caption := item.options.get("caption"):
                     self.text += [f"*{caption}*", ""]
                 continue
@@ -224,7 +223,7 @@ class Prose:
             line = item[column:] if not item[:column].strip() else item.lstrip()
             box = None if fence else BOX.match(line)
             if box and (box["title"] is not None or box["kind"][0] in "!?"):
-                self.enter(box, column, items[position + 1 :])
+                self.enter(box, column)
                 continue
             opening = FENCE.match(line)
             if fence and re.match(rf"\s*{fence}+\s*$", line):
@@ -236,24 +235,22 @@ class Prose:
         self.flush()
         return self.done
 
-    def enter(self, box: re.Match, column: int, rest: list) -> None:
+    def enter(self, box: re.Match, column: int) -> None:
         title = box["title"] if box["title"] is not None else box["type"].split(" ")[0].capitalize()
-        inner = column + 4
         self.text.append(self.before())
-        if box["kind"][0] == "?" and not has_cell(rest, inner):
-            self.text += [f"{self.before()}<details><summary>{html.escape(title)}</summary>"]
-            self.text += [self.before()]
-            self.boxes.append((inner, "", "</details>"))
-            return
-        quotes = "> " if box["kind"] == "!!!" else ""
-        folded = "folded" if box["kind"] == "???" else ""
-        self.boxes.append((inner, quotes, folded))
-        self.text += [f"{self.before()}**{title}**", self.before()] if title else []
+        quotes, end = "> " if box["kind"] == "!!!" else "", ""
+        if box["kind"][0] == "?":
+            end = "</details>"
+            title = f"<details><summary>{html.escape(title)}</summary>"
+        elif title:
+            title = f"**{title}**"
+        self.boxes.append((column + 4, quotes, end))
+        self.text += [self.before() + title, self.before()] if title else []
 
     def leave(self, column: int) -> None:
         while self.boxes and column < self.boxes[-1][0]:
             _, _, end = self.boxes.pop()
-            self.text += [self.before() + end, self.before()] if end[:1] == "<" else [self.before()]
+            self.text += [self.before() + end, self.before()] if end else [self.before()]
 
     def before(self) -> str:
         return "".join(quotes for _, quotes, _ in self.boxes)
@@ -310,13 +307,3 @@ class Prose:
             self.site.origin.page_address(stem) if is_page else self.site.origin.site_url + path
         )
         return f"{match['image']}[{text}]({address}{hash_sign}{anchor})"
-
-
-def has_cell(items: list, column: int) -> bool:
-    """Whether a cell stands among the lines that are indented this far."""
-    for item in items:
-        if isinstance(item, Cell):
-            return len(item.indent) >= column
-        if item.strip() and len(item) - len(item.lstrip()) < column:
-            return False
-    return False

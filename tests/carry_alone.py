@@ -5,7 +5,6 @@ the project and all but torch out of reach. What came out goes to the file TO.
 """
 
 import importlib.util
-import json
 import shutil
 import sys
 import sysconfig
@@ -103,7 +102,6 @@ def main(source: str, target: str) -> None:
             ways.append("inductor")
         results[name] = {way: run(module, example, way) for way in ways}
     torch.save(results, target)
-    print(json.dumps(sorted(results)))
 
 
 if __name__ == "__main__":

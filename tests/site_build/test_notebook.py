@@ -6,8 +6,10 @@ import sys
 import nbformat
 import pytest
 
+from site_build.engine import Engine
 from site_build.facts import Origin
 from site_build.notebook import Prose
+from site_build.options import Options
 from site_build.pages import read_markdown
 from site_build.render import Site
 
@@ -209,6 +211,12 @@ def test_only_pages_that_ran_have_one(quick):
     assert [p.name for p in (quick.root / "build/pages/carry").rglob("*")] == ["a.ipynb"]
     assert '[Notebook](carry/a.ipynb){ download="a.ipynb" }' in quick.text("a.md")
     assert "Notebook" not in quick.text("b.md")
+    quick.page("a.md", "assert False, 'not now'")
+    engine = Engine(quick.root, quick.root / "site_src", Options(preload=[]), log=lambda _: None)
+    engine.refresh(60)  # as under serve
+    engine.close()
+    assert "not now" in quick.text("a.md") and "Notebook" not in quick.text("a.md")
+    assert not (quick.root / "build/pages/carry/a.ipynb").exists()
 
 
 @pytest.mark.parametrize("left_out", [None, "repo_url", "notebook_branch", "elsewhere"])
