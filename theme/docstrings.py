@@ -37,8 +37,9 @@ def as_written(annotation):
     """A shape in the quotes that the source has; griffe gives Python's own."""
     if isinstance(annotation, str):
         return annotation.replace("'", '"')
-    if isinstance(annotation, griffe.ExprSubscript):
-        annotation.slice = as_written(annotation.slice)
     if isinstance(annotation, griffe.ExprTuple):
         annotation.elements = [as_written(element) for element in annotation.elements]
+    for part in ("slice", "left", "right"):  # of Float[...] and of ... | None
+        if hasattr(annotation, part):
+            setattr(annotation, part, as_written(getattr(annotation, part)))
     return annotation
