@@ -17,7 +17,7 @@ from .pages import FENCE, Cell, Page
 from .render import SHOW, fence, proofs_table
 from .source import plain
 
-SMALL = 100_000  # bytes; larger files are named in the notebook, not written by it
+SMALL = 200_000  # bytes; larger files are named in the notebook, not written by it
 NOT_OURS = {"ipython", "ipykernel", "nbformat"}  # whoever runs the notebook brings them
 GITHUB = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?$")
 BOX = re.compile(r'(?P<kind>!!!|\?\?\?\+?|===!?\+?) *(?P<type>[\w -]*?) *("(?P<title>.*)")? *$')

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.browser import chromium, served
+
 ROOT = Path(__file__).parents[1]
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", NO_MKDOCS_2_WARNING="1")
@@ -31,6 +33,18 @@ def site(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def report(site) -> dict:
     return json.loads((ROOT / "build/report.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    with served(site) as base:
+        yield base
 
 
 @pytest.fixture(autouse=True)

@@ -131,7 +131,20 @@ def checkpoint(m):
     ]
 
 
+def what_is_a_language_model(m):
+    tokens, logits = torch.randint(7, (300,)), torch.randn(40, 7)
+    model = m.NGramModel(order=3, vocab_size=7, smoothing=0.1).fit(tokens)
+    contexts, _ = m.windows(tokens, 3)
+    return [
+        (lambda c: model(c), contexts),
+        (lambda t: m.windows(t, 2), tokens),
+        (m.surprisal, logits, tokens[:40]),
+        (m.perplexity, logits, tokens[:40]),
+    ]
+
+
 EXAMPLES = {
+    "foundations/what_is_a_language_model": what_is_a_language_model,
     "attention/gqa": gqa,
     "attention/kv_cache": kv_cache,
     "attention/scaled_dot_product": scaled_dot_product,

@@ -6,7 +6,7 @@ import axe_playwright_python
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser import chromium, served, watched
+from tests.browser import served, watched
 
 ROOT = Path(__file__).parents[1]
 SHOTS = ROOT / "build/screenshots"
@@ -31,18 +31,6 @@ RUN_AXE = """async rules => {
   const { violations } = await axe.run({ exclude: [".katex"] }, options)
   return violations.map(v => [v.id, v.nodes.map(n => n.target.join(" ")).slice(0, 3)])
 }"""
-
-
-@pytest.fixture(scope="session")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="session")
-def address(site):
-    with served(site) as base:
-        yield base
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ function quieten(root) {
 const nameOf = (label) => label.parentElement.querySelector(".md-ellipsis").textContent.trim()
 for (const nav of document.querySelectorAll(".md-nav .md-nav[aria-labelledby]")) {
   const label = document.getElementById(nav.getAttribute("aria-labelledby"))
+  if (!label) continue
   const outer = nav.parentElement.closest(".md-nav[aria-labelledby]")
   const above = outer && document.getElementById(outer.getAttribute("aria-labelledby"))
   const unseen = document.createElement("span")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser import chromium, watched
+from tests.browser import watched
 from tests.site_build.test_serve import Server
 from theme import assets, csp, search, tables
 
@@ -149,17 +149,18 @@ def test_a_notebook_in_the_classic_look_obeys_the_policy(shell):
     assert "jupyter-wrapper" in page and not refused(page)
 
 
-def test_served_pages_reload_themselves(shell):
+def test_served_pages_reload_themselves(shell, browser):
     shell.page("a.md", "# A\n\nbefore")
     server = Server(shell)
     try:
         server.wait_for("a.html", "before")
         base = f"http://127.0.0.1:{server.port}/"
-        with chromium() as browser:
-            tab, troubles = watched(browser.new_context(), base)
-            tab.goto(base + "a.html")
-            shell.page("a.md", "# A\n\nafter")
-            expect(tab.get_by_text("after")).to_be_visible(timeout=60_000)
+        context = browser.new_context()
+        tab, troubles = watched(context, base)
+        tab.goto(base + "a.html")
+        shell.page("a.md", "# A\n\nafter")
+        expect(tab.get_by_text("after")).to_be_visible(timeout=60_000)
+        context.close()
         assert not [t for t in troubles if "failed" not in t], troubles  # the cut-off poll
     finally:
         server.process.terminate()
