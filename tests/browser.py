@@ -58,7 +58,11 @@ def watched(context, base: str):
     tab.on("console", lambda m: m.type in ("error", "warning") and note(m.text))
     tab.on("pageerror", lambda error: note(str(error)))
     tab.on("request", lambda r: r.url.startswith((base, "data:")) or note(f"asks {r.url}"))
-    tab.on("requestfailed", lambda r: note(f"failed: {r.url}"))
+    # What a page was still loading when it was left is aborted, and no failure.
+    tab.on(
+        "requestfailed",
+        lambda r: r.failure == "net::ERR_ABORTED" or note(f"failed: {r.url}, {r.failure}"),
+    )
     tab.on("response", lambda r: r.status >= 400 and note(f"{r.status}: {r.url}"))
     return tab, troubles
 
