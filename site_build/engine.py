@@ -96,7 +96,8 @@ class Engine:
         self.attending, self.lock = False, threading.Lock()
         ours = ("cache", "pages", "report.json", "scratch", "lock")
         self.ignore = [str(self.folder / name) for name in ours]
-        self.ignore += [str(self.root / name) for name in (".git/", "site/", ".site.")]
+        # As text: a Path has no slash at its end, and `site` would hide `site_src` too.
+        self.ignore += [f"{self.root}/{name}" for name in (".git/", "site/", ".site.")]
         environment_inside = Path(sys.prefix).is_relative_to(self.root)
         self.ignore += [os.path.join(sys.prefix, "")] * environment_inside
 

@@ -138,7 +138,7 @@ def test_the_first_cell_writes_what_the_run_used(quick, tmp_path, monkeypatch, c
     quick.write("snippets/value.py", f"{tricky}\n\ndef value():\n    return 1\n")
     quick.write("data/words.txt", "één\ntwo\\n\n")
     quick.write("data/weights.bin", b"\xff" * 10)
-    quick.write("data/large.txt", "x" * 200_000)
+    quick.write("data/large.txt", "x" * 300_000)
     names = ("words.txt", "weights.bin", "large.txt")
     reads = "\n".join(f"assert open('data/{name}', 'rb').read()" for name in names)
     quick.page("a.md", NUMPY, reads, "import os\nassert not os.path.exists('data/absent.txt')")
@@ -148,7 +148,7 @@ def test_the_first_cell_writes_what_the_run_used(quick, tmp_path, monkeypatch, c
     for name in ("snippets/__init__.py", "snippets/value.py", "data/words.txt"):
         assert (folder / name).read_bytes() == (quick.root / name).read_bytes(), name
     assert sorted(p.name for p in (folder / "data").iterdir()) == ["words.txt"]
-    assert "missing: data/weights.bin (0.0 MB)" in said and "data/large.txt (0.2 MB)" in said
+    assert "missing: data/weights.bin (0.0 MB)" in said and "data/large.txt (0.3 MB)" in said
     assert "absent" not in said
     (folder / "data/words.txt").write_text("my own")
     said = run_first_cell(quick, tmp_path, monkeypatch, capsys)

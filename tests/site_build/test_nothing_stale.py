@@ -265,3 +265,12 @@ def test_both_back_ends_give_the_same_pages(quick):
         assert quick.ran() == ["a.md", "b.md"]
         texts.append((quick.text("a.md"), quick.text("b.md")))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("path", ["site_src/assets/words.txt", ".github/words.txt"])
+def test_a_file_in_a_folder_that_begins_like_an_ignored_one(project, path):
+    project.write(path, "before")
+    project.page("a.md", f"print(open('{path}').read())\nassert open('{path}').read()")
+    assert project.ran() == ["a.md"]
+    project.write(path, "after")
+    assert project.ran() == ["a.md"] and "after" in project.text("a.md")
