@@ -81,7 +81,7 @@ def run(module, example, way: str) -> list:
 
 def main(source: str, target: str) -> None:
     folder = Path(source)
-    spec = importlib.util.spec_from_file_location("examples", ROOT / "tests/examples.py")
+    spec = importlib.util.spec_from_file_location("examples", ROOT / "tests/examples/__init__.py")
     examples = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(examples)
     torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def main(source: str, target: str) -> None:
     else:
         sys.meta_path.insert(0, Refuse())
     results = {}
-    for position, (name, example) in enumerate(examples.EXAMPLES.items()):
+    for position, name in enumerate(examples.NAMES):
         try:
             module = load(folder, name)
         except Exception as error:
@@ -100,7 +100,7 @@ def main(source: str, target: str) -> None:
         header = Path(sysconfig.get_path("include"), "Python.h")
         if position == 0 and shutil.which("g++") and header.is_file():
             ways.append("inductor")
-        results[name] = {way: run(module, example, way) for way in ways}
+        results[name] = {way: run(module, examples.example(name), way) for way in ways}
     torch.save(results, target)
 
 

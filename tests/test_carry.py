@@ -15,7 +15,7 @@ from playwright.sync_api import expect
 
 from site_build.flatten import flatten
 from site_build.pages import read_page
-from tests.examples import EXAMPLES
+from tests.examples import NAMES
 from tests.test_layout import MODULES
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ EXECUTED = [source for source in PAGES if read_page(ROOT / "site_src", source).c
 def results(tmp_path_factory) -> dict[str, dict]:
     """What the examples give, of the originals and of the one files."""
     folder = tmp_path_factory.mktemp("alone")
-    for name in EXAMPLES:
+    for name in NAMES:
         path = folder / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(flatten(ROOT, f"snippets/{name}.py"))
@@ -61,7 +61,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.parametrize("module", CARRIED)
 def test_one_file_alone_gives_the_same_to_the_bit(module, results):
-    assert module in EXAMPLES, f"tests/examples.py has no example of {module}"
+    assert module in NAMES, f"no tests/examples/{module}.py"
     original, one = results["original"][module], results["one file"][module]
     assert isinstance(one, dict), one
     assert original.keys() == one.keys() >= {"float32", "bfloat16", "eager"}
