@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import subprocess
+import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from traitlets.config import Config
 
 from .forkserver import page_environment
 from .recorder import last_line
@@ -56,16 +58,21 @@ class Kernels:
         codes = [START.format(json.dumps(about)), *job["cells"], FINISH]
         cells = [nbformat.v4.new_code_cell(code) for code in codes]
         deadline = time.monotonic() + job["timeout"]
-        client = NotebookClient(
-            nbformat.v4.new_notebook(cells=cells),
-            kernel_name="python3",
-            timeout_func=lambda _: max(0.01, deadline - time.monotonic()),
-            shutdown_kernel="immediate",
-            resources={"metadata": {"path": job["root"]}},
-            log=SILENT,
-        )
-        environment = page_environment(self.scratch, job["threads"])
-        return asyncio.run(self._watch(client, job, environment, cancelled))
+        # Sockets in a folder: of TCP ports, which jupyter_client picks before it starts the
+        # kernel, two kernels can get the same. The folder's path is short, as sockets want.
+        with tempfile.TemporaryDirectory(prefix="fp-") as sockets:
+            kernel = {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
+            client = NotebookClient(
+                nbformat.v4.new_notebook(cells=cells),
+                kernel_name="python3",
+                timeout_func=lambda _: max(0.01, deadline - time.monotonic()),
+                shutdown_kernel="immediate",
+                resources={"metadata": {"path": job["root"]}},
+                config=Config(KernelManager=kernel),
+                log=SILENT,
+            )
+            environment = page_environment(self.scratch, job["threads"])
+            return asyncio.run(self._watch(client, job, environment, cancelled))
 
     async def _watch(self, client, job: dict, environment: dict, cancelled) -> dict:
         number = 0  # the cell that is running

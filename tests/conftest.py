@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
 from tests.browser import chromium, served
-
-ROOT = Path(__file__).parents[1]
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", NO_MKDOCS_2_WARNING="1")
 install_import_hook("snippets", "beartype.beartype")
@@ -45,6 +44,14 @@ def browser():
 def address(site):
     with served(site) as base:
         yield base
+
+
+@pytest.fixture
+def unchecked():
+    """Without jaxtyping, as readers run it: the module's own refusals answer."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ h query head, g key-value head, r query head within its group (h = g r), k head 
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from snippets.attention.kv_cache import LayerCache
+from snippets.attention.kv_cache import LayerCache, allowed_keys
 from snippets.attention.scaled_dot_product import causal_mask
 from snippets.position.rope import rotate
 
@@ -105,7 +105,10 @@ class GroupedQueryAttention(nn.Module):
         self,
         x: Float[Tensor, "b t d"],
         rotation: tuple[Tensor, Tensor] | None = None,
-        mask: Bool[Tensor, "#b 1 t s"] | Bool[Tensor, "t s"] | None = None,
+        attention_mask: Int[Tensor, "b s"]
+        | Bool[Tensor, "b s"]
+        | Bool[Tensor, "#b 1 t s"]
+        | None = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Attend from t tokens to themselves and to those in the cache.
@@ -113,9 +116,15 @@ class GroupedQueryAttention(nn.Module):
         Args:
             x: the tokens' hidden states.
             rotation: cos and sin of `rope_table`, to rotate queries and keys by.
-            mask: True = attend, over the s = cached + t tokens; None is causal.
+            attention_mask: 1 for tokens and 0 for padding, or True for the pairs that
+                attend, over the s = cached + t tokens; see `allowed_keys`. None is causal.
             cache: this layer's; the t tokens' keys and values are added to it.
+
+        Raises:
+            ValueError: a mask that isn't over all tokens, a cache of other sizes.
         """
+        past = 0 if cache is None else cache.length
+        mask = allowed_keys(attention_mask, *x.shape[:2], past)
         q = self.split(self.q_proj(x))  # b h t k
         k = self.split(self.k_proj(x))  # b g t k
         v = self.split(self.v_proj(x))  # b g t k

@@ -110,6 +110,43 @@ def described(tensors: Iterable[Tensor]) -> str:
     return ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors) or "nothing"
 
 
+def allowed_keys(
+    attention_mask: Int[Tensor, "b s"] | Bool[Tensor, "b s"] | Bool[Tensor, "#b #h t s"] | None,
+    b: int,
+    t: int,
+    past: int,
+) -> Bool[Tensor, "#b #h t s"] | None:
+    """Who may attend to whom: True = attend; None is causal without padding.
+
+    Every attention module takes `attention_mask` in these forms, over s = past + t tokens.
+
+    Args:
+        attention_mask: 1 for tokens and 0 for padding (b s), which is made causal; or
+            booleans for every pair (b 1 t s, also with 1 for b or h for 1), returned as they are.
+        b: sequences.
+        t: new tokens.
+        past: tokens seen before them.
+
+    Raises:
+        ValueError: the attention mask isn't over all tokens, past and new.
+        TypeError: four axes of another type than bool: floats are added elsewhere.
+    """
+    if attention_mask is None:
+        return None
+    shape, s = tuple(attention_mask.shape), past + t
+    if attention_mask.ndim == 4:
+        if attention_mask.dtype != torch.bool:
+            raise TypeError(f"mask of {attention_mask.dtype}: needs booleans, True = attend")
+        if shape[0] not in (1, b) or shape[2:] != (t, s):
+            raise ValueError(f"attention_mask of shape {shape}, for {b=} {t=} {s=}")
+        return attention_mask
+    if shape != (b, s):
+        tokens = f"{b} sequences of {past} cached and {t} new tokens"
+        raise ValueError(f"attention_mask of shape {shape}, for {tokens}")
+    # Padding that stands first has no key to attend to: a row without True.
+    return causal_mask(t, s, device=attention_mask.device) & attention_mask[:, None, None].bool()
+
+
 def places(
     input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b s"] | None, past: int
 ) -> tuple[Int[Tensor, "*b t"], Bool[Tensor, "b 1 t s"] | None]:
@@ -125,16 +162,9 @@ def places(
         ValueError: the attention mask isn't as long as kept and new tokens.
     """
     b, t = input_ids.shape
-    s = past + t
     if attention_mask is None:
-        return torch.arange(past, s, device=input_ids.device), None
-    if attention_mask.shape != (b, s):
-        raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)}, for {b} sequences of "
-            f"{past} cached and {t} new tokens"
-        )
+        return torch.arange(past, past + t, device=input_ids.device), None
+    allowed = allowed_keys(attention_mask, b, t, past)  # b 1 t s
     # Positions count tokens, not padding: padded on the left, a text still starts at 0.
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # b t
-    # Padding that stands first has no key to attend to: a row without True.
-    allowed = causal_mask(t, s, device=input_ids.device) & attention_mask[:, None, None].bool()
-    return positions, allowed  # b 1 t s
+    return positions, allowed

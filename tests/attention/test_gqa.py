@@ -4,6 +4,7 @@ Sizes are such that swapped axes show: no two of b t d h g r k are equal, h k !=
 """
 
 import math
+import re
 import types
 
 import pytest
@@ -220,6 +221,30 @@ def test_is_causal():
         after = gqa(changed)
         assert_close(after[:, :t], before[:, :t])
         assert ((after - before)[:, t:].abs().amax(dim=(0, 2)) > 1e-4).all()
+
+
+@pytest.mark.parametrize("chunks", [[T], [3, 1, T - 4]])
+def test_padding_counts_for_nothing_with_a_cache_and_without(chunks):
+    gqa, x, padding = layer(), torch.randn(B, T, D), 2
+    mask = torch.ones(B, T, dtype=torch.long)
+    mask[1, :padding] = 0
+    cache, parts = LayerCache(), []
+    for part in torch.arange(T).split(chunks):
+        seen = mask[:, : part[-1] + 1]
+        parts.append(gqa(x[:, part], attention_mask=seen, cache=cache))
+    y = torch.cat(parts, 1)
+    assert_close(y, gqa(x, attention_mask=mask))
+    assert_close(y[0], gqa(x[:1])[0])
+    assert_close(y[1, padding:], gqa(x[1:, padding:])[0])
+    assert_close(gqa(x, attention_mask=mask.bool()), y)
+
+
+@pytest.mark.parametrize("shape", [(T, B), (B, T - 1), (B + 1, T), (B, 1, T - 1, T)])
+def test_refuses_a_mask_of_other_sizes_and_keeps_nothing(unchecked, shape):
+    cache = LayerCache()
+    with pytest.raises(ValueError, match=f"shape {re.escape(str(shape))}"):
+        layer()(torch.randn(B, T, D), None, torch.ones(shape, dtype=torch.bool), cache)
+    assert cache.length == 0 and not cache.store
 
 
 @pytest.mark.parametrize("t", [1, T])

@@ -5,12 +5,12 @@ Sizes are such that swapped axes show: no two of b t d h g r k are equal, h k !=
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from jaxtyping import config as jaxtyping_config
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from snippets.attention.gqa import GroupedQueryAttention
-from snippets.attention.kv_cache import KVCache, LayerCache, places
+from snippets.attention.kv_cache import KVCache, LayerCache, allowed_keys, places
 from snippets.position.rope import inverse_frequencies, rope_table
 
 B, T, D, H, G, K = 2, 7, 24, 12, 4, 6
@@ -30,14 +30,6 @@ PADDING = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def unchecked():
-    """Without jaxtyping, as readers run it: the module's own refusals answer."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 def new(t: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -417,6 +409,33 @@ def test_refuses_a_first_call_without_sense(unchecked, first):
 def test_refuses_a_mask_that_is_not_over_all_tokens(unchecked, shape):
     with pytest.raises(ValueError, match=r"for 3 sequences of 4 cached and 1 new"):
         places(torch.zeros(3, 1, dtype=torch.int64), torch.ones(shape, dtype=torch.int64), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_allowed_keys_reads_both_forms_of_a_mask(dtype):
+    padding = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], dtype=dtype)
+    expected = torch.tensor(
+        [
+            [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
+            [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]],
+        ]
+    ).bool()[:, None]
+    allowed = allowed_keys(padding, 2, 3, 2)
+    assert torch.equal(allowed, expected)
+    assert allowed_keys(None, 2, 3, 2) is None
+    for whole in (allowed, allowed[:1], allowed.expand(2, 4, 3, 5)):
+        assert allowed_keys(whole, 2, 3, 2) is whole
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 3, 5), (2, 1, 2, 5), (2, 1, 3, 4), (2, 1, 5, 3)])
+def test_allowed_keys_refuses_a_whole_mask_of_other_sizes(unchecked, shape):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}, for b=2 t=3 s=5"):
+        allowed_keys(torch.ones(shape, dtype=torch.bool), 2, 3, 2)
+
+
+def test_allowed_keys_refuses_what_would_be_added(unchecked):
+    with pytest.raises(TypeError, match=r"torch\.float32.*True = attend"):
+        allowed_keys(torch.zeros(2, 1, 3, 5), 2, 3, 2)
 
 
 def test_a_prefill_has_the_gradients_of_no_cache():
