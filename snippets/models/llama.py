@@ -84,21 +84,30 @@ class LlamaConfig:
 
 
 class LlamaLayer(nn.Module):
-    """h = x + attention(norm(x)); y = h + mlp(norm(h))."""
+    """h = x + attention(norm(x)); y = h + mlp(norm(h)).
 
-    def __init__(self, config: LlamaConfig):
+    Models that keep this shape say in `attention` and `feed_forward` what they exchange.
+    """
+
+    def __init__(self, config: LlamaConfig, number: int = 0):
         super().__init__()
         norm = {"hidden_size": config.hidden_size, "eps": config.rms_norm_eps}
         self.input_layernorm = RMSNorm(**norm)
-        self.self_attn = GroupedQueryAttention(
+        self.self_attn = self.attention(config, number)
+        self.post_attention_layernorm = RMSNorm(**norm)
+        self.mlp = self.feed_forward(config, number)
+
+    def attention(self, config: LlamaConfig, number: int) -> nn.Module:
+        return GroupedQueryAttention(
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
             head_dim=config.size_of_head,
             bias=config.attention_bias,
         )
-        self.post_attention_layernorm = RMSNorm(**norm)
-        self.mlp = GatedMLP(
+
+    def feed_forward(self, config: LlamaConfig, number: int) -> nn.Module:
+        return GatedMLP(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             hidden_act=config.hidden_act,
@@ -119,11 +128,12 @@ class LlamaLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Token embeddings, the layers, the last norm: everything below the logits."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, layer_class: type[LlamaLayer] = LlamaLayer):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
+        numbers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(layer_class(config, number) for number in numbers)
         self.norm = RMSNorm(hidden_size=config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
@@ -146,10 +156,14 @@ class LlamaModel(nn.Module):
 class Llama(nn.Module):
     """A Llama that gives logits; parameters are named as in published checkpoints."""
 
+    config_class = LlamaConfig
+    layer_class = LlamaLayer
+    model_types: tuple[str, ...] = ("llama",)
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config)
+        self.model = LlamaModel(config, self.layer_class)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -189,7 +203,7 @@ class Llama(nn.Module):
             CheckpointError: what is missing, unexpected, mis-shaped, damaged or not
                 supported, by name and file.
         """
-        config = read_config(folder, LlamaConfig, model_types=("llama",))
+        config = read_config(folder, cls.config_class, model_types=cls.model_types)
         tensors = read_tensors(folder, dtype)
         if config.tie_word_embeddings:
             drop_tied_head(tensors, "lm_head.weight", "model.embed_tokens.weight", source=folder)
