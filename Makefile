@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve build diagrams test bench lint clean browser
+.PHONY: help serve build diagrams test bench lint mutate clean browser
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -28,13 +28,18 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-## bench   the engine against its peers, as ratios of one interleaved run
+## bench   the engine and the modules against their peers, as ratios of interleaved runs
 bench: $(VENV)/installed
 	$(BIN)/python -m bench
 
+## mutate  break the blocks in every small way; lists what no test notices
+mutate: $(VENV)/installed
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 ## clean   everything that was generated, not the environment
 clean:
-	rm -rf build site .site.* .pytest_cache .ruff_cache
+	rm -rf build mutants site .site.* .pytest_cache .ruff_cache
 
 browser: $(VENV)/installed
 	$(BIN)/python -m tests.browser

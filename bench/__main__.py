@@ -1,8 +1,9 @@
-"""The engine against its peers on generated sites: `python -m bench`.
+"""Ours against its peers: `python -m bench [engine | modules]`.
 
 All runs of one comparison are interleaved, and what is printed are ratios of medians: on a
-noisy machine seconds mean little. Each site's pages hold six prose and six code cells and
-one figure, and import torch, matplotlib and a small local package.
+noisy machine seconds mean little. The engine builds generated sites, whose pages hold six prose
+and six code cells and one figure, and import torch, matplotlib and a small local package. The
+modules do the work of their counterparts in transformers or torch.
 """
 
 import argparse
@@ -16,8 +17,22 @@ from .sites import make_site
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parts = {"engine": engine, "modules": modules}
+    parser.add_argument("part", nargs="?", choices=parts, help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
-    rounds = parser.parse_args().rounds
+    arguments = parser.parse_args()
+    for part in [arguments.part] if arguments.part else parts:
+        parts[part](arguments.rounds)
+
+
+def modules(rounds: int) -> None:
+    from .modules import pairs, ratio  # imports torch, which the engine's peers shouldn't inherit
+
+    for pair in pairs():
+        tell(f"{pair.name}, against {pair.peer}", ratio(pair, max(9, rounds)), pair.bound)
+
+
+def engine(rounds: int) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         root = Path(folder)
         for pages, bounds in ((8, (None, None)), (32, (0.08, 0.9))):

@@ -238,7 +238,7 @@ def test_is_causal():
         assert moved.tolist() == [s <= S - T + i for i in range(T)]
 
 
-def test_traces_without_a_break():
+def test_compiles_without_a_break():
     ours, mask = inspect.unwrap(attend), inspect.unwrap(causal_mask)  # checks don't trace
 
     def layer(q, k, v):

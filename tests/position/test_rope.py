@@ -256,7 +256,7 @@ def test_attention_equals_llamas_in_both_layouts():
 
 
 @pytest.mark.parametrize("name", ["rotate", "rotate_interleaved"])
-def test_traces_whole_also_for_one_token(unchecked, name):
+def test_compiles_whole_also_for_one_token(unchecked, name):
 
     def turned(x, positions):
         inv_freq = unchecked.inverse_frequencies(head_dim=K)
