@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.kv_cache import LayerCache, allowed_keys
-from snippets.attention.scaled_dot_product import attend, causal_mask
+from snippets.attention.scaled_dot_product import causal_mask
 from snippets.layers.rmsnorm import RMSNorm
 from snippets.position.rope import rotate_interleaved
 
@@ -68,15 +68,21 @@ def absorbed_attention(
     h, ne, c = w_kv.shape
     n, t, s = q_nope.shape[-1], q_nope.shape[2], kept.shape[1]
     w_uk, w_uv = w_kv.split((n, ne - n), dim=1)  # h n c, h e c
-    q_latent = torch.einsum("bhtn,hnc->bhtc", q_nope, w_uk)
+    q_latent = q_nope.transpose(0, 1).flatten(1, 2) @ w_uk  # h b·t c
+    q_latent = q_latent.unflatten(1, (-1, t)).transpose(0, 1)  # b h t c
     q = torch.cat((q_latent, q_rope), dim=-1)  # b h t c+p
     if mask is None and t > 1:  # a single query sees every key
         mask = causal_mask(t, s, device=q.device)
     if mask is not None:
         mask = mask.expand(*mask.shape[:-3], h, t, s).flatten(-3, -2)  # b h·t s, or h·t s
-    # All heads see the same keys: they are so many more queries of a single head.
-    y = attend(q.flatten(1, 2), kept, kept[..., :c], mask, scale=scale)  # b h·t c
-    return torch.einsum("bhtc,hec->bhte", y.unflatten(1, (h, t)), w_uv)
+        mask = mask.unsqueeze(1) if mask.ndim == 3 else mask  # b 1 h·t s
+    # All heads see the same keys: they are so many more queries of a single head. Torch's fused
+    # kernel wants values as wide as keys, so what is kept serves as both, and p features are cut.
+    q, kv = q.flatten(1, 2).unsqueeze(1), kept.unsqueeze(1)  # b 1 h·t c+p, b 1 s c+p
+    y = F.scaled_dot_product_attention(q, kv, kv, attn_mask=mask, scale=scale)[..., :c]
+    y = y.unflatten(2, (h, t)).squeeze(1).permute(1, 3, 0, 2).flatten(2)  # h c b·t
+    # The weight on the left: the other way round, bfloat16 on a CPU takes four times as long.
+    return (w_uv @ y).unflatten(2, (-1, t)).permute(2, 0, 3, 1)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -206,8 +212,9 @@ class MultiHeadLatentAttention(nn.Module):
         """Whether absorbing takes fewer operations for t queries over s tokens.
 
         Multiplications in a head: expanded, s c (n + e) for the keys and values and then
-        t s (n + p + e); absorbed, t c (n + e) for the queries and outputs and then t s (2 c + p).
+        t s (n + p + e); absorbed, t c (n + e) for the queries and outputs and then t s 2 (c + p).
         In DeepSeek's sizes training and prompts expand, and decoding absorbs.
         """
-        c, unturned = self.kv_lora_rank, self.qk_nope_head_dim + self.v_head_dim
-        return t * s * (2 * c - unturned) < (s - t) * c * unturned
+        c, p = self.kv_lora_rank, self.qk_rope_head_dim
+        unturned = self.qk_nope_head_dim + self.v_head_dim
+        return t * s * (2 * c + p - unturned) < (s - t) * c * unturned

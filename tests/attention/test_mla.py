@@ -299,7 +299,7 @@ def test_takes_the_form_with_fewer_operations(c, e):
                 expanded = counted(lambda: expanded_attention(*ask, scale=1.0))  # noqa: B023
                 absorbed = counted(lambda: absorbed_attention(*ask, scale=1.0))  # noqa: B023
                 assert expanded == 2 * H * (s * c * (N + e) + t * s * (N + P + e))
-                assert absorbed == 2 * H * (t * c * (N + e) + t * s * (2 * c + P))
+                assert absorbed == 2 * H * (t * c * (N + e) + t * s * 2 * (c + P))
                 assert ours.absorbs(t, s) == (absorbed < expanded)
                 chosen.add(ours.absorbs(t, s))
                 if past:
