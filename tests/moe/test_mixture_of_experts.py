@@ -307,6 +307,7 @@ def test_compiles_whole(unchecked, dtype):
     layer, x = moe(capacity_factor=0.9).to(dtype), torch.randn(B, T, D, dtype=dtype)
     mask = torch.ones(B, T, dtype=torch.long)
     mask[0, :3] = 0
+    torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert_close(compiled(x, mask), layer(x, mask))
     assert_close(compiled(x), layer(x))
@@ -478,6 +479,8 @@ def test_refuses_what_does_not_fit(unchecked):
     with pytest.raises(ValueError, match=r"hidden_act='gelu_new'; known: silu, gelu, "):
         moe(hidden_act="gelu_new")
     Experts(num_experts=1, hidden_size=1, intermediate_size=1)
+    with pytest.raises(ValueError, match="shorter"):
+        experts_of(E, names=("w1", "w3"))
     for sizes in ((0, 24, 40), (6, 0, 40), (6, 24, 0)):
         text = "num_experts={}, hidden_size={}, intermediate_size={}".format(*sizes)
         names = ("num_experts", "hidden_size", "intermediate_size")
