@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
-from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
