@@ -13,8 +13,11 @@ TOPICS = [
 ]  # fmt: skip
 # Pages that teach without a module of their own.
 WITHOUT_MODULE = {
-    "reference/conventions", "reference/tags", "reference/verification", "reference/your_checkpoint",
-}  # fmt: skip
+    "reference/conventions",
+    "reference/tags",
+    "reference/verification",
+    "reference/your_checkpoint",
+}
 GENERATED = {"reference/api/index"}  # by theme/api.py, with the pages below it
 ALLOWED = {
     "torch", "jaxtyping", "snippets", "collections", "dataclasses", "functools", "math", "pathlib",
