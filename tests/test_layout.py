@@ -12,7 +12,12 @@ TOPICS = [
     "peft", "quantization", "alignment", "distributed", "inference", "applications", "projects",
 ]  # fmt: skip
 # Pages that teach without a module of their own.
-WITHOUT_MODULE = {"reference/tags", "reference/verification", "reference/your_checkpoint"}
+WITHOUT_MODULE = {
+    "reference/conventions",
+    "reference/tags",
+    "reference/verification",
+    "reference/your_checkpoint",
+}
 GENERATED = {"reference/api/index"}  # by theme/api.py, with the pages below it
 ALLOWED = {
     "torch", "jaxtyping", "snippets", "collections", "dataclasses", "functools", "math", "pathlib",
