@@ -1,8 +1,8 @@
 """Attention with linear biases, ALiBi (Press et al. 2021, arXiv:2108.12409).
 
-Nothing is added to tokens and nothing is turned. Each score is lowered by the distance
-of its query and key times a slope, fixed per head: -m (i - j). The paper gives slopes
-for a power of two of heads; for other numbers see `alibi_slopes`.
+Nothing is added to tokens and nothing is turned. Each score is lowered by the
+distance of its query and key times a slope, fixed per head: -m (i - j). The
+paper gives slopes for a power of two of heads; for others see `alibi_slopes`.
 
 Axes: b batch, h head, t query token, s key token, k head dim.
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 def alibi_slopes(num_heads: int, *, max_bias: float | int = 8) -> Float[Tensor, " h"]:
     """2^(-M i / n) for i = 1 ... n, with M = max_bias and n = h, in float32.
 
-    If h isn't a power of two, n is the one below it, and every second slope of 2 n
-    heads follows, from the first, until there are h: the order of the authors' code,
-    BLOOM and MPT. It isn't sorted.
+    If h isn't a power of two, n is the one below it, and every second slope of
+    2 n heads follows, from the first, until there are h. That is the order of
+    the authors' code, BLOOM and MPT; it isn't sorted.
 
     Raises:
         ValueError: no head.
@@ -40,9 +40,9 @@ def alibi_bias(
 ) -> Float[Tensor, "*b h t s"]:
     """-m (i - j) for a query at position i and a key at j, in float32 or wider.
 
-    Positions are those of the tokens in their sequences. Only differences count, so
-    they may start anywhere, and behind a cache the queries are the last of the keys.
-    A key ahead of its query gets a bonus: it has to be masked.
+    Positions are those of the tokens in their sequences. Only differences
+    count, so they may start anywhere, and behind a cache the queries are the
+    last of the keys. A key ahead of its query gets a bonus: mask it.
 
     Raises:
         ValueError: the positions are of different batches.
@@ -59,8 +59,8 @@ def alibi_key_bias(
 ) -> Float[Tensor, "*b h 1 s"]:
     """m j: what BLOOM adds. In each row it is `alibi_bias` plus a constant, m i.
 
-    Softmax doesn't see the constant, and one row serves all queries. But numbers grow
-    with the position instead of the distance, and are rounded accordingly.
+    Softmax doesn't see the constant, and one row serves all queries. But the
+    numbers grow with the position instead of the distance, and so does rounding.
     """
     return upright(slopes) * key_positions[..., None, None, :]
 
@@ -74,15 +74,16 @@ def biased_attention(
 ) -> Float[Tensor, "b h t k"]:
     """softmax(q k^T / sqrt(k) + bias) v over the keys that are allowed: True = attend.
 
-    None is causal, with the queries as the last t of the s tokens. A query that may
-    attend to nothing gets zeros. The bias is added after scaling, in the dtype of q.
+    None is causal, with the queries as the last t of the s tokens. A query that
+    may attend to nothing gets zeros. The bias is added after scaling, in the
+    dtype of q.
 
     Raises:
         ValueError: a bias or a mask that isn't over these heads and tokens.
     """
     b, h, t, _ = q.shape
     s = k.shape[-2]
-    # A bias for one key would broadcast over a cache of them: the same for all, so none.
+    # A bias for one key would broadcast over a cache of them: equal, so none.
     shape = tuple(bias.shape)
     if shape[-3:] not in ((h, t, s), (h, 1, s)) or shape[:-3] not in ((), (1,), (b,)):
         raise ValueError(f"bias of shape {shape}, for {b=} {h=} {t=} {s=}")

@@ -181,7 +181,7 @@ def test_without_a_mask_it_is_causal_for_the_last_queries():
     assert changed.any(1)[:, -1].all() and not changed[:, :, :-1].any()
 
 
-def test_attention_equals_flex_attention():
+def test_attention_equals_flex_attention_uncompiled():
     q, k, v = heads(t=S)
     slopes, at = alibi_slopes(H), torch.arange(S)
 
@@ -303,7 +303,7 @@ def test_half_precision_rounds_the_finished_bias(dtype):
     assert_close(y, theirs)
 
 
-def test_traces_whole_also_for_one_query(unchecked):
+def test_compiles_whole_also_for_one_query(unchecked):
     def attend(q, k, v, q_at, k_at):
         return biased_attention(q, k, v, alibi_bias(alibi_slopes(H), q_at, k_at))
 
@@ -348,3 +348,9 @@ def test_refuses_a_mask_of_other_sizes(unchecked, shape):
 def test_refuses_more_queries_than_keys():
     with pytest.raises(ValueError, match="t=11, s=7"):
         biased_attention(*heads(t=S, s=T), torch.zeros(H, S, T))
+
+
+def test_the_causal_mask_lies_where_the_queries_do():
+    q, k, v = (x.to("meta") for x in heads())
+    y = biased_attention(q, k, v, torch.zeros(H, T, S, device="meta"))
+    assert y.is_meta and y.shape == q.shape
