@@ -118,7 +118,7 @@ def angles_of(
 ) -> Float[Tensor, "*b t f"]:
     """p ω_i in float32 or wider: in bfloat16 position 257 is 256."""
     wide = torch.promote_types(omega.dtype, torch.float32)
-    return positions[..., None].to(wide) * omega.to(wide)
+    return positions[..., None] * omega.to(wide)
 
 
 def refuse_odd(hidden_size: int, *, least: int) -> None:

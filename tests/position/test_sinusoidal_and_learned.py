@@ -254,4 +254,4 @@ def test_on_meta_it_has_shapes_only():
     with torch.device("meta"):
         table = LearnedPositions(max_positions=12, hidden_size=D)
         assert table(torch.arange(T)).shape == (T, D)
-        assert shift_map(frequencies(hidden_size=D), 1).is_meta
+    assert shift_map(frequencies(hidden_size=D).to("meta"), 1).is_meta
