@@ -50,9 +50,7 @@ def logsumexp(logits: Float[Tensor, "*rows v"]) -> Float[Tensor, "*rows"]:
     return (finite(peak) + total.log()).to(logits.dtype)
 
 
-def softmax(
-    logits: Float[Tensor, "*rows v"], temperature: float = 1.0
-) -> Float[Tensor, "*rows v"]:
+def softmax(logits: Float[Tensor, "*rows v"], temperature: float = 1.0) -> Float[Tensor, "*rows v"]:
     """exp(x / T) / sum of exp(x / T), computed in float32, returned in the input's dtype.
 
     Raises:
@@ -65,9 +63,7 @@ def softmax(
     return ((x - peak[..., None]).exp() / total[..., None]).to(logits.dtype)
 
 
-def online_softmax(
-    logits: Float[Tensor, "*rows v"], block_size: int
-) -> Float[Tensor, "*rows v"]:
+def online_softmax(logits: Float[Tensor, "*rows v"], block_size: int) -> Float[Tensor, "*rows v"]:
     """The same with one pass for the summary, block by block, and one for the division.
 
     Raises:

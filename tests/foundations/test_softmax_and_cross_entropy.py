@@ -243,7 +243,9 @@ def test_refuses_labels_that_do_not_fit(unchecked, function):
     with pytest.raises(ValueError, match=r"^labels \(5,\) for logits \(2, 5, 11\)"):
         function(logits(), labels()[0])
     for share in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=f"^a share must be from 0 to 1: label_smoothing={share}"):
+        with pytest.raises(
+            ValueError, match=f"^a share must be from 0 to 1: label_smoothing={share}"
+        ):
             function(logits(), labels(), label_smoothing=share)
     for wrong in (V, -1):
         with pytest.raises(RuntimeError, match="out of bounds"):
@@ -253,7 +255,9 @@ def test_refuses_labels_that_do_not_fit(unchecked, function):
 
 def test_refuses_weights_of_another_vocabulary(unchecked):
     for shape in ((V + 1,), (1,), (V, 1)):
-        with pytest.raises(ValueError, match=rf"^weight of shape \({shape[0]},[^f]*\) for 11 classes"):
+        with pytest.raises(
+            ValueError, match=rf"^weight of shape \({shape[0]},[^f]*\) for 11 classes"
+        ):
             cross_entropy(logits(), labels(), weight=torch.ones(shape))
 
 
