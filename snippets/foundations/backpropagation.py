@@ -68,10 +68,10 @@ class Value:
         return multiply(self, -1.0)
 
     def __sub__(self, other: "Value | int | float") -> "Value":
-        return add(self, -as_value(other))
+        return add(self, -as_value(other, self))
 
     def __truediv__(self, other: "Value | int | float") -> "Value":
-        return multiply(self, power(as_value(other), -1.0))
+        return multiply(self, power(as_value(other, self), -1.0))
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -109,9 +109,11 @@ def leaf(data: Tensor) -> Value:
     return Value(data.detach(), Node())
 
 
-def as_value(x: Value | Tensor | int | float) -> Value:
-    """Numbers and tensors as constants."""
-    return x if isinstance(x, Value) else Value(torch.as_tensor(x))
+def as_value(x: Value | int | float, like: Value) -> Value:
+    """Numbers as constants, of the other's dtype: 0.1 in float32 is another number."""
+    if isinstance(x, Value):
+        return x
+    return Value(torch.as_tensor(x, dtype=like.data.dtype, device=like.data.device))
 
 
 def topological_order(root: Node) -> list[Node]:
@@ -150,13 +152,13 @@ def unbroadcast(g: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def add(a: Value, b: Value | int | float) -> Value:
-    b = as_value(b)
+    b = as_value(b, a)
     shapes = a.data.shape, b.data.shape
     return record(a.data + b.data, (a, b), (), lambda g: tuple(unbroadcast(g, s) for s in shapes))
 
 
 def multiply(a: Value, b: Value | int | float) -> Value:
-    b = as_value(b)
+    b = as_value(b, a)
 
     def vjp(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return unbroadcast(g * y, x.shape), unbroadcast(g * x, y.shape)

@@ -80,6 +80,9 @@ def test_numbers_and_tensors_are_constants():
     constant = Value(c)
     compare(lambda a: a * constant, lambda a: a * c, x)
     compare(lambda a: constant - a, lambda a: c - a, x)
+    assert torch.equal(
+        (leaf(x) / 3 + 0.1 - 0.7).data, x * (1 / torch.tensor(3.0).double()) + 0.1 - 0.7
+    )
     assert constant.grad is None and (constant * 2.0 + 1.0).node is None
 
 
