@@ -23,7 +23,11 @@ KINDS = ("none", "sinusoidal", "learned", "alibi", "rope")
 
 
 class PositionedAttention(nn.Module):
-    """Causal multi-head attention with queries and keys turned, scores lowered, or neither."""
+    """Causal multi-head attention; queries and keys turned, scores lowered, or neither.
+
+    Raises:
+        ValueError: the heads don't divide evenly.
+    """
 
     def __init__(self, *, hidden_size: int, num_heads: int):
         super().__init__()
@@ -129,7 +133,8 @@ class PositionedDecoder(nn.Module):
         Raises:
             ValueError: more tokens than learned positions.
         """
-        d, heads = self.embed_tokens.embedding_dim, self.layers[0].self_attn.num_heads
+        d = self.embed_tokens.embedding_dim
+        heads = self.layers[0].self_attn.num_heads
         positions = torch.arange(tokens.shape[1], device=tokens.device)  # t
         x = self.embed_tokens(tokens) * d**0.5  # b t d
         rotation = bias = None
@@ -139,7 +144,8 @@ class PositionedDecoder(nn.Module):
         elif self.position == "learned":
             x = x + self.embed_positions(positions)
         elif self.position == "alibi":
-            bias = alibi_bias(alibi_slopes(heads).to(x.device), positions, positions)  # h t t
+            slopes = alibi_slopes(heads).to(x.device)
+            bias = alibi_bias(slopes, positions, positions)  # h t t
         elif self.position == "rope":
             if inv_freq is None:
                 inv_freq = inverse_frequencies(head_dim=d // heads).to(x.device)
