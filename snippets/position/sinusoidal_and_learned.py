@@ -1,8 +1,8 @@
 """Absolute positions: sinusoids (Vaswani et al. 2017, arXiv:1706.03762), and tables.
 
-Both give each position a vector that is added to the token's. Sinusoids are computed:
-pairs of sine and cosine, each pair with a frequency of its own. A table is learned
-(GPT-2; BERT, Devlin et al. 2018, arXiv:1810.04805), and ends where training ended.
+Both give each position a vector that is added to the token's. Sinusoids are
+computed: pairs of sine and cosine, each pair with a frequency of its own. A table
+is learned (GPT-2; BERT, Devlin et al. 2018, arXiv:1810.04805), and ends.
 
 Sinusoids come in two layouts and with two sets of frequencies; weights that were
 trained with one read noise from another.
@@ -24,7 +24,8 @@ def frequencies(
         ValueError: hidden_size isn't a positive even number.
     """
     refuse_odd(hidden_size, least=2)
-    return 1.0 / float(base) ** (torch.arange(0, hidden_size, 2, dtype=dtype) / hidden_size)
+    exponents = torch.arange(0, hidden_size, 2, dtype=dtype) / hidden_size
+    return 1.0 / float(base) ** exponents
 
 
 def stretched_frequencies(
@@ -52,7 +53,8 @@ def sinusoids(
     In omega's dtype, but at least float32, unless another is given.
     """
     angles = angles_of(positions, omega)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2).to(dtype or angles.dtype)
+    waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
+    return waves.to(dtype or angles.dtype)
 
 
 def sinusoids_in_halves(
@@ -72,16 +74,17 @@ def shift_map(omega: Float[Tensor, " f"], steps: int) -> Float[Tensor, "d d"]:
     """
     angles = angles_of(torch.tensor([steps], device=omega.device), omega)[0]  # f
     cos, sin = angles.cos(), angles.sin()
-    blocks = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+    rows = torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)
+    blocks = torch.stack(rows, -2)
     return torch.block_diag(*blocks)  # f blocks of 2 2
 
 
 class LearnedPositions(nn.Module):
     """A vector for each position, as a parameter: row p + offset of the table.
 
-    `weight` is `wpe.weight` in GPT-2, `position_embeddings.weight` in BERT. RoBERTa and
-    OPT have an offset of 2: position 0 is row 2, and -1, which `token_positions` gives
-    to padding, is row 1.
+    `weight` is `wpe.weight` in GPT-2, `position_embeddings.weight` in BERT. RoBERTa
+    and OPT have an offset of 2: position 0 is row 2, and -1, which
+    `token_positions` gives to padding, is row 1.
     """
 
     def __init__(self, *, max_positions: int, hidden_size: int, offset: int = 0):
