@@ -26,7 +26,7 @@ from snippets.foundations.tensors import (
 
 SHAPES = [s for n in range(4) for s in itertools.product((0, 1, 2, 3), repeat=n)]
 OF_SIZE: dict[int, set] = {}
-for shape in itertools.chain(*(itertools.product(range(7), repeat=n) for n in range(5))):
+for shape in itertools.chain(*(itertools.product(range(n > 2, 7), repeat=n) for n in range(5))):
     OF_SIZE.setdefault(math.prod(shape), set()).add(shape)
 for size in range(60):
     OF_SIZE.setdefault(size, set()).add((size,))
@@ -80,7 +80,7 @@ def test_contiguous_strides_equal_torch_and_numpy(shape):
         assert np.array_equal(read(memory, shape, strides).numpy(), theirs)
 
 
-@pytest.mark.parametrize("tensor", layouts())
+@pytest.mark.parametrize("tensor", list(layouts()))
 def test_offsets_and_reading_equal_as_strided(tensor):
     where = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
     assert torch.equal(offsets(*where), tensor)  # the memory holds its own addresses
@@ -101,7 +101,7 @@ def test_negative_strides_read_backwards_as_in_numpy():
     assert np.array_equal(read(torch.arange(12), theirs.shape, strides, 11).numpy(), theirs)
 
 
-@pytest.mark.parametrize("tensor", layouts())
+@pytest.mark.parametrize("tensor", list(layouts()))
 def test_a_view_exists_exactly_where_torch_and_numpy_make_one(tensor):
     shape, strides, start = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
     array = tensor.numpy()
@@ -121,7 +121,7 @@ def test_a_view_exists_exactly_where_torch_and_numpy_make_one(tensor):
         assert [ours[i] for i in used] == [theirs.stride(i) for i in used]
 
 
-@pytest.mark.parametrize("flips", itertools.product([1, -1], repeat=2))
+@pytest.mark.parametrize("flips", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
 def test_views_of_reversed_arrays_are_numpys(flips):
     array = np.arange(12).reshape(3, 4)[:: flips[0], :: flips[1]]
     strides = tuple(s // array.itemsize for s in array.strides)
