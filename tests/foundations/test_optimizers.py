@@ -63,6 +63,10 @@ def test_sgd_equals_torch(momentum, nesterov, decay, dtype):
     )
 
 
+def test_plain_momentum_is_the_default():
+    compare(partial(sgd, momentum=0.9), lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), 0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rule, oracle", [(adam, torch.optim.Adam), (adamw, torch.optim.AdamW)])
 @pytest.mark.parametrize(
