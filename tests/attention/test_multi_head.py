@@ -238,6 +238,8 @@ def test_defaults():
         f"{x}_proj.weight": (12, 12) for x in "qkvo"
     }
     x = torch.randn(B, T, 12)
+    assert_close(mha.maps(x), mha.maps(x, None, torch.ones(B, T, dtype=torch.long)))
+    assert_close(mha.contributions(x).sum(1), mha(x))
     assert_close(mha(x), mha(x, attention_mask=torch.ones(B, 1, T, T, dtype=torch.bool)))
     wide = layer(memory_size=M).state_dict()
     assert {n: tuple(w.shape) for n, w in wide.items() if n.endswith("weight")} == {
@@ -252,6 +254,7 @@ def test_defaults():
 def test_the_causal_mask_stands_where_the_tokens_are():
     mha = layer(causal=True).to("meta")
     assert mha(torch.randn(B, T, D, device="meta")).device.type == "meta"
+    assert mha.maps(torch.randn(B, T, D, device="meta")).device.type == "meta"
     mask = mha.look_ups(torch.randn(B, T, D, device="meta"))[3]
     assert mask.device.type == "meta"
 
