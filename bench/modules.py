@@ -140,11 +140,7 @@ def gqa_decode() -> tuple[Run, Run]:
     ours, theirs = gqa()
     return (
         decode(lambda x, r, cache: ours(x, r, cache=cache), LayerCache, tables),
-        decode(
-            lambda x, r, cache: theirs(x, r, None, cache)[0],
-            DynamicCache,
-            lambda positions: doubled(tables(positions)),
-        ),
+        their_decode(theirs, DynamicCache),
     )
 
 
@@ -164,11 +160,7 @@ def mla_decode() -> tuple[Fresh, Fresh]:
     theirs.load_state_dict(ours.state_dict())
     return (
         decode(lambda x, r, cache: ours(x, r, cache=cache), LayerCache, tables),
-        decode(
-            lambda x, r, cache: theirs(x, r, None, cache)[0],
-            DynamicCache,
-            lambda positions: doubled(tables(positions)),
-        ),
+        their_decode(theirs, DynamicCache),
     )
 
 
@@ -181,11 +173,7 @@ def window_decode() -> tuple[Fresh, Fresh]:
     # Their prompt's mask is left out: what it gives isn't timed, and keys don't depend on it.
     return (
         decode(lambda x, r, cache: ours(x, r, cache=cache), ours.new_cache, tables),
-        decode(
-            lambda x, r, cache: theirs(x, r, None, cache)[0],
-            lambda: DynamicCache(config=chosen),
-            lambda positions: doubled(tables(positions)),
-        ),
+        their_decode(theirs, lambda: DynamicCache(config=chosen)),
     )
 
 
@@ -240,6 +228,15 @@ def decode(layer: Callable, new_cache: Callable, tables: Callable) -> Fresh:
         return lambda: torch.cat([layer(x, r, cache) for x, r in zip(texts, later, strict=True)])
 
     return Fresh(read_prompt)
+
+
+def their_decode(layer: nn.Module, new_cache: Callable) -> Fresh:
+    """The same with a layer of transformers."""
+    return decode(
+        lambda x, r, cache: layer(x, r, None, cache)[0],
+        new_cache,
+        lambda positions: doubled(tables(positions)),
+    )
 
 
 def prepared(run: Run | Fresh) -> Run:
