@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 def flash_attention(
@@ -42,11 +42,14 @@ def flash_attention(
         block_k: keys of a tile.
 
     Raises:
-        ValueError: heads that don't divide, more queries than keys without a mask, a mask of
-            other sizes, or a tile without a token.
+        ValueError: shapes that don't fit together, heads that don't divide, more queries than
+            keys without a mask, a mask of other sizes, or a tile without a token.
         TypeError: the mask isn't boolean.
     """
-    h, g, t, s = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    (b, h, t, width), (g, s) = q.shape, k.shape[1:3]
+    if k.shape != (b, g, s, width) or v.shape[:-1] != (b, g, s):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v of shapes {shapes}")
     if h % g:
         raise ValueError(f"uneven groups: {h} query heads, {g} key-value heads")
     if min(block_q, block_k) < 1:
@@ -56,11 +59,12 @@ def flash_attention(
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask of {mask.dtype}: needs booleans, True = attend")
-        if mask.shape[-2:] != (t, s):
-            raise ValueError(f"mask of {tuple(mask.shape)} for {t=} {s=}")
-        mask = mask.expand(q.shape[0], h, t, s).unflatten(1, (g, -1))  # b g r t s, a view
+        shape = (1, 1, *mask.shape) if mask.ndim == 2 else mask.shape
+        if shape[2:] != (t, s) or shape[0] not in (1, b) or shape[1] not in (1, h):
+            raise ValueError(f"mask of {tuple(mask.shape)} for {b=} {h=} {t=} {s=}")
+        mask = mask.expand(b, h, t, s).unflatten(1, (g, -1))  # b g r t s, a view
     grouped = q.unflatten(1, (g, -1))  # b g r t k
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = width**-0.5 if scale is None else scale
     y, _ = Flash.apply(grouped, k, v, mask, scale, block_q, block_k)
     return y.flatten(1, 2)
 
@@ -107,7 +111,9 @@ class Flash(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask, *output)
         ctx.mark_non_differentiable(output[1])
 
+    # What is saved is taken as constant, so that gradients of these gradients would be wrong.
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: FunctionCtx, dy: Float[Tensor, "b g r t e"], _: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,8 @@ def forward_tile(
     K: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Rows of y for one tile of M queries of one head; WIDE is K up to a power of two."""
-    tile, row = tl.program_id(0), tl.program_id(1)  # row = sequence · heads + head
+    # row = sequence · heads + head; wide, since addresses may pass 2^31.
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_row = row // heads * (heads // group) + row % heads // group
     i, feature = tile * M + tl.arange(0, M), tl.arange(0, WIDE)
     inside = (i[:, None] < t) & (feature[None, :] < K)
@@ -73,10 +74,16 @@ def flash_attention_triton(
         block_k: keys of a tile, likewise.
 
     Raises:
-        ValueError: heads that don't divide, more queries than keys, or tiles of other sizes.
+        ValueError: shapes that don't fit together, heads that don't divide, more queries than
+            keys, tiles of other sizes, or inputs that want gradients.
     """
-    b, h, t, width = q.shape
-    g, s = k.shape[1:3]
+    (b, h, t, width), (g, s) = q.shape, k.shape[1:3]
+    # The kernel computes addresses from these sizes, and reads what lies there.
+    if not k.shape == v.shape == (b, g, s, width):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v of shapes {shapes}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("forward only: gradients would stop here without a word; use no_grad")
     if h % g:
         raise ValueError(f"uneven groups: {h} query heads, {g} key-value heads")
     if t > s:

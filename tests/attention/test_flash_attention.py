@@ -96,6 +96,13 @@ def test_gradients_equal_finite_differences():
     )
 
 
+def test_gradients_of_gradients_are_refused():
+    inputs = heads(5, 7)
+    first = torch.autograd.grad(flash_attention(*inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(x.sum() for x in first).backward()
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3, 2.0])
 def test_a_scale_of_ones_own(scale):
     inputs = heads()
@@ -193,8 +200,25 @@ def test_what_does_not_fit_is_refused(unchecked):
         ),
         "tiles without a token: block_q=0, block_k=64": lambda: flash_attention(q, k, v, block_q=0),
         "block_k=-1": lambda: flash_attention(q, k, v, block_k=-1),
-        "mask of (13, 16) for t=13 s=17": lambda: flash_attention(q, k, v, causal_mask(T, 16)),
+        "block_q=64, block_k=0": lambda: flash_attention(q, k, v, block_k=0),
+        "mask of (13, 16) for b=2 h=6 t=13 s=17": lambda: flash_attention(
+            q, k, v, causal_mask(T, 16)
+        ),
     }
+    for shape in ((3, 1, T, S), (1, 4, T, S), (B, H, T, 1), (B, T, S), (B, S)):
+        refused[f"mask of {shape} for"] = lambda shape=shape: flash_attention(
+            q, k, v, torch.ones(shape, dtype=torch.bool)
+        )
+    for mine, theirs in (
+        (k[:1], v),
+        (k, v[:1]),
+        (k, v[:, :1]),
+        (k[..., :4], v),
+        (k[:, :, :16], v),
+        (k, v[:, :, :16]),
+    ):
+        shapes = f"q, k, v of shapes (2, 6, 13, 5), {tuple(mine.shape)}, {tuple(theirs.shape)}"
+        refused[shapes] = lambda mine=mine, theirs=theirs: flash_attention(q, mine, theirs)
     for said, call in refused.items():
         with pytest.raises(ValueError, match=re.escape(said)):
             call()

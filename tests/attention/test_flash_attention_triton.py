@@ -1,5 +1,7 @@
 """The Triton kernel against torch, in Triton's interpreter where there is no GPU."""
 
+import re
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -50,8 +52,24 @@ def test_inputs_may_be_views():
     assert_close(flash_attention_triton(q, k, v), fused_grouped_attention(q, k, v))
 
 
-def test_what_does_not_fit_is_refused():
+def test_gradients_are_refused():
     q, k, v = heads(20, 20, 16)
+    for number in range(3):
+        inputs = [x.clone().requires_grad_(i == number) for i, x in enumerate((q, k, v))]
+        with pytest.raises(ValueError, match="forward only"):
+            flash_attention_triton(*inputs)
+        with torch.no_grad():
+            assert_close(flash_attention_triton(*inputs), fused_grouped_attention(q, k, v))
+
+
+def test_what_does_not_fit_is_refused(unchecked):
+    q, k, v = heads(20, 20, 16)
+    for key, value in ((k[:1], v), (k, v[:, :1]), (k, v[..., :15]), (k[:, :, :19], v)):
+        shapes = f"q, k, v of shapes {(2, 4, 20, 16)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        with pytest.raises(ValueError, match=re.escape(shapes)):
+            flash_attention_triton(q, key, value)
+    with pytest.raises(ValueError, match="q, k, v of shapes"):
+        flash_attention_triton(q[..., :15], k, v)
     with pytest.raises(ValueError, match="uneven groups: 3 query heads, 2 key-value heads"):
         flash_attention_triton(q[:, :3], k, v)
     with pytest.raises(ValueError, match="more queries than keys: t=20, s=19"):
