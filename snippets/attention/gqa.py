@@ -53,8 +53,13 @@ def fused_grouped_attention(
     k: Float[Tensor, "b g s k"],
     v: Float[Tensor, "b g s k"],
     mask: Bool[Tensor, "#b 1 t s"] | Bool[Tensor, "t s"] | None = None,
+    *,
+    scale: float | None = None,
 ) -> Float[Tensor, "b h t k"]:
-    """`grouped_attention` by torch's fused kernel, which never holds all the scores."""
+    """`grouped_attention` by torch's fused kernel, which never holds all the scores.
+
+    `scale` multiplies the scores: 1 / sqrt(head dim) unless given.
+    """
     t, s = q.shape[2], k.shape[2]
     # torch aligns `is_causal` with the first keys, which is right for t = s only.
     # A single query is the last token and sees every key.
@@ -62,7 +67,7 @@ def fused_grouped_attention(
         mask = causal_mask(t, s, device=q.device)
     causal = mask is None and t == s
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )
 
 
@@ -72,8 +77,14 @@ class GroupedQueryAttention(nn.Module):
     With x's heads y_i as in `grouped_attention`, returns [y_0 ... y_(h-1)] W_o^T.
     num_kv_heads = num_heads is multi-head attention, 1 is multi-query attention.
     head_dim is hidden_size / num_heads unless given; many models give another.
-    Parameters are named and shaped as in Llama checkpoints; `bias` gives each of the
-    four projections one.
+    Parameters are named and shaped as in Llama checkpoints.
+
+    Args:
+        bias: of the four projections.
+        o_bias: of the last one, if it differs from the other three (Qwen2).
+        scale: multiplies the scores; 1 / sqrt(head dim) unless given (Gemma).
+        q_norm: applied to each head's queries before they turn (Qwen3, Gemma 3).
+        k_norm: the same for the keys.
 
     Raises:
         ValueError: the heads don't divide evenly.
@@ -87,6 +98,10 @@ class GroupedQueryAttention(nn.Module):
         num_kv_heads: int,
         head_dim: int | None = None,
         bias: bool = False,
+        o_bias: bool | None = None,
+        scale: float | None = None,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
     ):
         super().__init__()
         if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -95,11 +110,13 @@ class GroupedQueryAttention(nn.Module):
             if hidden_size % num_heads:
                 raise ValueError(f"head_dim needed: {hidden_size=}, {num_heads=}")
             head_dim = hidden_size // num_heads
-        self.head_dim = head_dim
+        self.head_dim, self.scale = head_dim, scale
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        o_bias = bias if o_bias is None else o_bias
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=o_bias)
 
     def forward(
         self,
@@ -128,12 +145,16 @@ class GroupedQueryAttention(nn.Module):
         q = self.split(self.q_proj(x))  # b h t k
         k = self.split(self.k_proj(x))  # b g t k
         v = self.split(self.v_proj(x))  # b g t k
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             # Keys are kept rotated: a token's position never changes.
             k, v = cache.append(k, v)  # b g s k
-        y = fused_grouped_attention(q, k, v, mask)
+        y = fused_grouped_attention(q, k, v, mask, scale=self.scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def split(self, x: Float[Tensor, "b t hk"]) -> Float[Tensor, "b h t k"]:
