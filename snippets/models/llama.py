@@ -204,12 +204,19 @@ class Llama(nn.Module):
                 supported, by name and file.
         """
         config = read_config(folder, cls.config_class, model_types=cls.model_types)
-        tensors = read_tensors(folder, dtype)
+        tensors = cls.tensors(folder, config, dtype)
         if config.tie_word_embeddings:
             drop_tied_head(tensors, "lm_head.weight", "model.embed_tokens.weight", source=folder)
-        # Files of 2023 hold the rotary frequencies, which follow from the config.
-        tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, tensors, source=folder)
         return model.eval()
+
+    @staticmethod
+    def tensors(
+        folder: str | Path, config: LlamaConfig, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """The folder's weights by name, without what isn't one."""
+        # Files of 2023 hold the rotary frequencies, which follow from the config.
+        tensors = read_tensors(folder, dtype)
+        return {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
