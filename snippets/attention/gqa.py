@@ -9,6 +9,8 @@ Axes: b batch, t query token, s key token (s >= t, with a cache), d hidden size,
 h query head, g key-value head, r query head within its group (h = g r), k head dim.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -160,3 +162,34 @@ class GroupedQueryAttention(nn.Module):
     def split(self, x: Float[Tensor, "b t hk"]) -> Float[Tensor, "b h t k"]:
         """Cut the features into heads: head i is features i k up to (i + 1) k."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def pool_kv_heads(
+    weights: Mapping[str, Tensor], *, num_kv_heads: int, head_dim: int
+) -> dict[str, Tensor]:
+    """A checkpoint with fewer key-value heads, each the mean of a group (section 2.1 of GQA).
+
+    New head j is the mean of the old heads j r to (j + 1) r - 1, in the weights (g k d) and
+    biases (g k) of each k_proj and v_proj; the query heads that read them now read head j.
+    Other tensors stay as they are, and so do `weights`. Takes a layer's state dict or a whole
+    model's, from multi-head attention or from groups. In config.json,
+    `num_key_value_heads` has to follow.
+
+    What comes out is a starting point: it wants further training.
+
+    Raises:
+        ValueError: the rows aren't whole groups of heads, or there is nothing to pool.
+    """
+    if num_kv_heads < 1 or head_dim < 1:
+        raise ValueError(f"below 1: {num_kv_heads=}, {head_dim=}")
+    owner = {name: name.rpartition(".")[0].rpartition(".")[2] for name in weights}
+    pooled = {name: weights[name] for name in weights if owner[name] in ("k_proj", "v_proj")}
+    if not pooled:
+        raise ValueError(f"no k_proj or v_proj among {len(weights)} tensors")
+    for name, weight in pooled.items():
+        if len(weight) % (num_kv_heads * head_dim):
+            raise ValueError(f"{name}: {len(weight)} rows, {num_kv_heads=}, {head_dim=}")
+        # All heads turn alike under RoPE, so that the mean may be taken before.
+        heads = weight.unflatten(0, (num_kv_heads, -1, head_dim))  # g r k ...
+        pooled[name] = heads.mean(1).flatten(0, 1)
+    return dict(weights) | pooled

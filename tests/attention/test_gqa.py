@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
 from snippets.attention.gqa import (
     GroupedQueryAttention,
     fused_grouped_attention,
     grouped_attention,
+    pool_kv_heads,
 )
 from snippets.attention.kv_cache import LayerCache
 from snippets.position.rope import inverse_frequencies, rope_table
@@ -285,3 +286,99 @@ def test_refuses_sizes_that_do_not_fit(sizes, said):
 def test_refuses_another_layers_weights():
     with pytest.raises(RuntimeError, match=r"size mismatch for k_proj\.weight"):
         layer().load_state_dict(layer(num_kv_heads=2).state_dict())
+
+
+@pytest.mark.parametrize("groups", [1, 2, G, H])
+def test_pools_the_mean_of_each_group_and_leaves_the_rest(groups):
+    weights = layer(num_kv_heads=H, bias=True).state_dict()
+    before = {name: weight.clone() for name, weight in weights.items()}
+    pooled = pool_kv_heads(weights, num_kv_heads=groups, head_dim=K)
+    assert list(pooled) == list(weights)
+    r = H // groups
+    for name, weight in weights.items():
+        assert torch.equal(weight, before[name])
+        if name[0] in "qo":
+            assert pooled[name] is weight
+            continue
+        assert pooled[name].shape == (groups * K, *weight.shape[1:])
+        for j in range(groups):
+            for k in range(K):
+                rows = [weight[i * K + k] for i in range(j * r, (j + 1) * r)]
+                assert_close(pooled[name][j * K + k], sum(rows) / r)
+    layer(num_kv_heads=groups, bias=True).load_state_dict(pooled)
+
+
+def test_pooled_weights_attend_with_the_mean_keys_and_values():
+    """Pooling commutes with the projection and with RoPE: torch averages what comes out."""
+    mha, x = layer(num_kv_heads=H, bias=True), torch.randn(B, T, D)
+    gqa = layer(bias=True)
+    gqa.load_state_dict(pool_kv_heads(mha.state_dict(), num_kv_heads=G, head_dim=K))
+    cos, sin = rope_table(inverse_frequencies(head_dim=K), torch.arange(T))
+    q, k, v = (mha.split(p(x)) for p in (mha.q_proj, mha.k_proj, mha.v_proj))
+    turned = [torch.view_as_complex(torch.stack(y.chunk(2, -1), -1)) for y in (q, k)]
+    turned = [torch.view_as_real(y * torch.complex(cos, sin)) for y in turned]
+    q, k = (torch.cat(y.unbind(-1), -1) for y in turned)
+    k, v = (y.unflatten(1, (G, R)).mean(2) for y in (k, v))
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert_close(gqa(x, (cos, sin)), mha.o_proj(theirs.transpose(1, 2).flatten(2)))
+    assert (gqa(x, (cos, sin)) - mha(x, (cos, sin))).abs().max() > 0.01
+
+
+def test_pooling_undoes_tying():
+    gqa = layer(bias=True)
+    weights = gqa.state_dict()
+    tied = dict(weights)
+    for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
+        tied[name] = weights[name].unflatten(0, (G, K)).repeat_interleave(R, 0).flatten(0, 1)
+    assert_close(pool_kv_heads(tied, num_kv_heads=G, head_dim=K), dict(weights))
+
+
+def test_pools_a_whole_model_as_transformers_reads_it():
+    sizes = {"hidden_size": 24, "intermediate_size": 10, "num_hidden_layers": 2, "vocab_size": 11}
+    sizes |= {"num_attention_heads": H, "head_dim": K, "attention_bias": True}
+    many = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=H)).eval()
+    few = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=G)).eval()
+    for weight in many.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    few.load_state_dict(pool_kv_heads(many.state_dict(), num_kv_heads=G, head_dim=K))  # strict
+    ids = torch.randint(11, (B, T))
+    before = many(ids).logits
+
+    def mean(module, inputs, y):  # in each group, then the same for all its heads
+        heads = y.unflatten(-1, (G, R, K))
+        return heads.mean(-2, keepdim=True).expand_as(heads).flatten(2)
+
+    for block in many.model.layers:
+        block.self_attn.k_proj.register_forward_hook(mean)
+        block.self_attn.v_proj.register_forward_hook(mean)
+    assert_close(few(ids).logits, many(ids).logits)
+    assert (many(ids).logits - before).abs().max() > 0.1
+
+
+def test_a_pooled_half_precision_head_is_rounded_once():
+    weight = torch.randn(H * K, D)
+    half = weight.bfloat16()
+    pooled = pool_kv_heads({"a.k_proj.weight": half}, num_kv_heads=G, head_dim=K)
+    exact = half.double().unflatten(0, (G, R, K)).mean(1).flatten(0, 1)
+    assert pooled["a.k_proj.weight"].dtype == torch.bfloat16
+    assert_close(pooled["a.k_proj.weight"].double(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name, sizes, said",
+    [
+        (
+            "k_proj.weight",
+            {"num_kv_heads": 5},
+            r"k_proj\.weight: 72 rows, num_kv_heads=5, head_dim=6",
+        ),
+        ("v_proj.bias", {"head_dim": 5}, r"v_proj\.bias: 72 rows, num_kv_heads=4, head_dim=5"),
+        ("k_proj.weight", {"num_kv_heads": 0}, "below 1: num_kv_heads=0, head_dim=6"),
+        ("k_proj.weight", {"head_dim": 0}, "below 1: num_kv_heads=4, head_dim=0"),
+        ("qkv_proj.weight", {}, "no k_proj or v_proj among 1 tensors"),
+        ("k_proj", {}, "no k_proj or v_proj among 1 tensors"),
+    ],
+)
+def test_refuses_to_pool_what_does_not_fit(name, sizes, said):
+    with pytest.raises(ValueError, match=said):
+        pool_kv_heads({name: torch.ones(H * K)}, **{"num_kv_heads": G, "head_dim": K} | sizes)

@@ -478,6 +478,8 @@ def test_refuses_what_does_not_fit(unchecked):
     with pytest.raises(ValueError, match=r"hidden_act='gelu_new'; known: silu, gelu, "):
         moe(hidden_act="gelu_new")
     Experts(num_experts=1, hidden_size=1, intermediate_size=1)
+    with pytest.raises(ValueError, match="shorter"):
+        experts_of(E, names=("w1", "w3"))
     for sizes in ((0, 24, 40), (6, 0, 40), (6, 24, 0)):
         text = "num_experts={}, hidden_size={}, intermediate_size={}".format(*sizes)
         names = ("num_experts", "hidden_size", "intermediate_size")
