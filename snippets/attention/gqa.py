@@ -156,8 +156,22 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             # Keys are kept rotated: a token's position never changes.
             k, v = cache.append(k, v)  # b g s k
-        y = fused_grouped_attention(q, k, v, mask, scale=self.scale)
+        y = self.attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def attend(
+        self,
+        q: Float[Tensor, "b h t k"],
+        k: Float[Tensor, "b g s k"],
+        v: Float[Tensor, "b g s k"],
+        mask: Bool[Tensor, "#b 1 t s"] | Bool[Tensor, "t s"] | None,
+    ) -> Float[Tensor, "b h t k"]:
+        """What the layer does with its queries, keys and values; others attend otherwise."""
+        return fused_grouped_attention(q, k, v, mask, scale=self.scale)
+
+    def new_cache(self) -> LayerCache:
+        """An empty cache for this layer."""
+        return LayerCache()
 
     def split(self, x: Float[Tensor, "b t hk"]) -> Float[Tensor, "b h t k"]:
         """Cut the features into heads: head i is features i k up to (i + 1) k."""

@@ -186,6 +186,10 @@ class MultiHeadLatentAttention(nn.Module):
         y = form(q_nope, q_rope, kept, w_kv, mask, scale=self.softmax_scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
+    def new_cache(self) -> LayerCache:
+        """An empty cache for this layer."""
+        return LayerCache()
+
     def queries(
         self, x: Float[Tensor, "b t d"], rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Float[Tensor, "b h t n"], Float[Tensor, "b h t p"]]:

@@ -189,7 +189,7 @@ class Llama(nn.Module):
 
     def new_cache(self) -> KVCache:
         """An empty cache, for one batch of prompts."""
-        return KVCache([LayerCache() for _ in self.model.layers])
+        return KVCache([layer.self_attn.new_cache() for layer in self.model.layers])
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Llama":

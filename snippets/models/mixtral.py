@@ -7,8 +7,10 @@ Axes: as in `snippets/models/llama.py`.
 
 from dataclasses import dataclass
 
-from torch import nn
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
+from snippets.attention.kv_cache import LayerCache
 from snippets.models.mistral import Mistral, MistralConfig, MistralLayer
 from snippets.moe.mixture_of_experts import MixtureOfExperts
 
@@ -36,9 +38,12 @@ class MixtralConfig(MistralConfig):
 
 
 class MixtralLayer(MistralLayer):
-    """A Mistral layer whose network is a mixture; files call it `block_sparse_moe`."""
+    """A Mistral layer whose network is a mixture of experts."""
 
-    feed_forward_name = "block_sparse_moe"
+    def __init__(self, config: MixtralConfig, number: int = 0):
+        super().__init__(config, number)
+        self.block_sparse_moe = self.mlp  # its name in checkpoints
+        del self.mlp
 
     def feed_forward(self, config: MixtralConfig, number: int) -> nn.Module:
         return MixtureOfExperts(
@@ -48,6 +53,16 @@ class MixtralLayer(MistralLayer):
             num_experts_per_tok=config.num_experts_per_tok,
             hidden_act=config.hidden_act,
         )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        rotation: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "b 1 t s"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        return x + self.block_sparse_moe(self.post_attention_layernorm(x))
 
 
 class Mixtral(Mistral):
