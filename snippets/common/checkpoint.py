@@ -22,14 +22,14 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Keys of config.json that don't change what a model computes when it is evaluated.
 INERT = {
-    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map",
-    "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "dtype", "embd_pdrop",
-    "eos_token_id", "ep_size", "id2label", "initializer_range", "is_llama_config", "label2id",
-    "model_type", "n_ctx", "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim",
-    "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "seq_aux",
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
-    "summary_use_proj", "task_specific_params", "torch_dtype", "transformers.js_config",
-    "transformers_version", "use_cache",
+    "_name_or_path", "_sliding_window_pattern", "architectures", "attention_dropout", "attn_pdrop",
+    "auto_map", "aux_loss_alpha", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
+    "dtype", "embd_pdrop", "eos_token_id", "ep_size", "id2label", "initializer_range",
+    "is_llama_config", "label2id", "model_type", "n_ctx", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "qk_head_dim", "resid_pdrop", "return_dict", "router_aux_loss_coef",
+    "router_jitter_noise", "seq_aux", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+    "torch_dtype", "transformers.js_config", "transformers_version", "use_cache",
 }  # fmt: skip
 
 Config = TypeVar("Config")
