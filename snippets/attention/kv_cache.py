@@ -7,7 +7,7 @@ costs is counted by Shazeer 2019, arXiv:1911.02150.
 Axes: b batch, g key-value head, t new token, s token kept or new (s >= t), k features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,12 +46,7 @@ class LayerCache:
                 is as it was.
         """
         store = self.store or [tensor[..., :0, :] for tensor in new]
-        same = [kind(tensor) for tensor in new] == [kind(kept) for kept in store]
-        if not same or len({tensor.shape[-2] for tensor in new}) != 1:
-            raise ValueError(
-                f"a cache of {described(kept[..., : self.length, :] for kept in store)} can't be "
-                f"continued with {described(new)}; another prompt needs a new cache"
-            )
+        refuse_break([kept[..., : self.length, :] for kept in store], new)
         end = self.length + new[0].shape[-2]
         if end > store[0].shape[-2]:
             store = [with_room(kept, self.length, 2 * end) for kept in store]
@@ -101,12 +96,22 @@ def with_room(
     return room
 
 
+def refuse_break(kept: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Refuse new tensors that don't continue what is kept, with the sizes of both."""
+    same = [kind(tensor) for tensor in new] == [kind(tensor) for tensor in kept]
+    if not same or len({tensor.shape[-2] for tensor in new}) != 1:
+        raise ValueError(
+            f"a cache of {described(kept)} can't be continued with {described(new)}; "
+            "another prompt needs a new cache"
+        )
+
+
 def kind(tensor: Tensor) -> tuple:
     """What must stay the same from call to call: all but the number of tokens."""
     return (*tensor.shape[:-2], tensor.shape[-1], tensor.dtype, tensor.device)
 
 
-def described(tensors: Iterable[Tensor]) -> str:
+def described(tensors: Sequence[Tensor]) -> str:
     return ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors) or "nothing"
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from snippets.attention.gqa import GroupedQueryAttention
-from snippets.attention.kv_cache import LayerCache, described, kind, with_room
+from snippets.attention.kv_cache import LayerCache, refuse_break, with_room
 from snippets.attention.scaled_dot_product import causal_mask
 
 
@@ -79,12 +79,7 @@ class RollingCache(LayerCache):
                 is as it was.
         """
         store = self.store or [tensor[..., :0, :] for tensor in new]
-        same = [kind(tensor) for tensor in new] == [kind(held) for held in store]
-        if not same or len({tensor.shape[-2] for tensor in new}) != 1:
-            raise ValueError(
-                f"a cache of {described(self.live(store))} can't be continued with "
-                f"{described(new)}; another prompt needs a new cache"
-            )
+        refuse_break(self.live(store), new)
         t, kept = new[0].shape[-2], self.kept
         if kept + t > 2 * self.window:  # more than there is ever room for: attend, then trim
             whole = tuple(
