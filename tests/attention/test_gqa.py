@@ -324,6 +324,13 @@ def test_pooled_weights_attend_with_the_mean_keys_and_values():
     assert (gqa(x, (cos, sin)) - mha(x, (cos, sin))).abs().max() > 0.01
 
 
+def test_pools_heads_of_one_feature():
+    pooled = pool_kv_heads(
+        {"v_proj.bias": torch.tensor([1.0, 3, 4, 8])}, num_kv_heads=2, head_dim=1
+    )
+    assert pooled["v_proj.bias"].tolist() == [2, 6]
+
+
 def test_pooling_undoes_tying():
     gqa = layer(bias=True)
     weights = gqa.state_dict()
