@@ -13,6 +13,8 @@ from jaxtyping import install_import_hook
 from tests.browser import chromium, served
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", NO_MKDOCS_2_WARNING="1")
+# Triton decides when it is imported, and torch imports it.
+os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidia0").exists() else "1")
 install_import_hook("snippets", "beartype.beartype")
 
 

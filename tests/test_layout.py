@@ -12,8 +12,15 @@ TOPICS = [
     "peft", "quantization", "alignment", "distributed", "inference", "applications", "projects",
 ]  # fmt: skip
 # Pages that teach without a module of their own.
-WITHOUT_MODULE = {"reference/tags", "reference/verification", "reference/your_checkpoint"}
+WITHOUT_MODULE = {
+    "reference/conventions",
+    "reference/tags",
+    "reference/verification",
+    "reference/your_checkpoint",
+}
 GENERATED = {"reference/api/index"}  # by theme/api.py, with the pages below it
+# Of a page that has two: the same formula for another machine.
+SECOND_FILES = {"attention/flash_attention_triton": "attention/flash_attention"}
 ALLOWED = {
     "torch", "jaxtyping", "snippets", "collections", "dataclasses", "functools", "math", "pathlib",
     "typing",
@@ -23,7 +30,7 @@ MODULES = sorted(
     for path in (ROOT / "snippets").rglob("*.py")
     if path.name != "__init__.py"
 )
-LESSONS = [module for module in MODULES if not module.startswith("common/")]
+LESSONS = [m for m in MODULES if not m.startswith("common/") and m not in SECOND_FILES]
 
 
 def nav() -> list[str]:
@@ -72,7 +79,7 @@ def test_a_page_has_its_module():
 def test_a_test_of_a_topic_has_its_module():
     for topic in TOPICS:
         for test in (ROOT / "tests" / topic).glob("test_*.py"):
-            assert f"{topic}/{test.stem.removeprefix('test_')}" in LESSONS
+            assert f"{topic}/{test.stem.removeprefix('test_')}" in {*LESSONS, *SECOND_FILES}
 
 
 def test_the_navigation_holds_every_page_in_the_order_of_the_topics():
@@ -88,6 +95,7 @@ def test_the_navigation_holds_every_page_in_the_order_of_the_topics():
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_back(module):
     order = {page: number for number, page in enumerate(nav())}
+    order |= {second: order[page] + 0.5 for second, page in SECOND_FILES.items()}
     for name in imports(ROOT / f"snippets/{module}.py"):
         target = name.removeprefix("snippets.").replace(".", "/")
         if name.startswith("snippets.common") or target not in MODULES:

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from snippets.attention.gqa import (
     GroupedQueryAttention,
@@ -22,6 +24,7 @@ from snippets.attention.gqa import (
     pool_kv_heads,
 )
 from snippets.attention.kv_cache import LayerCache
+from snippets.layers.rmsnorm import UnitOffsetRMSNorm
 from snippets.position.rope import inverse_frequencies, rope_table
 
 B, T, D, H, G, K = 2, 7, 24, 12, 4, 6
@@ -389,3 +392,69 @@ def test_a_pooled_half_precision_head_is_rounded_once():
 def test_refuses_to_pool_what_does_not_fit(name, sizes, said):
     with pytest.raises(ValueError, match=said):
         pool_kv_heads({name: torch.ones(H * K)}, **{"num_kv_heads": G, "head_dim": K} | sizes)
+
+
+# What other models change
+
+
+def test_equals_qwen2_with_biases_on_three_of_four():
+    gqa, x = layer(bias=True, o_bias=False), torch.randn(B, T, D)
+    config = Qwen2Config(hidden_size=D, num_attention_heads=H, num_key_value_heads=G)
+    config.head_dim = K
+    theirs = Qwen2Attention(config, layer_idx=0)
+    theirs.load_state_dict(gqa.state_dict())
+    assert gqa.o_proj.bias is None and gqa.v_proj.bias.std() > 0
+    cos, sin = rope_table(inverse_frequencies(head_dim=K), torch.arange(T))
+    both = tuple(torch.cat((table, table), -1)[None] for table in (cos, sin))
+    future = torch.full((1, 1, T, T), -math.inf).triu(1)
+    assert_close(gqa(x, (cos, sin)), theirs(x, both, future)[0])
+    assert layer(bias=True).o_proj.bias is not None and layer(o_bias=True).q_proj.bias is None
+    assert layer(o_bias=True).o_proj.bias is not None
+
+
+@pytest.mark.parametrize("scale", [None, 11**-0.5])
+def test_equals_gemma_3_with_norms_and_a_scale(scale):
+    norms = {name: UnitOffsetRMSNorm(hidden_size=K, eps=1e-3) for name in ("q_norm", "k_norm")}
+    for norm in norms.values():
+        torch.nn.init.normal_(norm.weight)
+    gqa, x = layer(scale=scale, **norms), torch.randn(B, T, D)
+    config = Gemma3TextConfig(
+        hidden_size=D,
+        num_attention_heads=H,
+        num_key_value_heads=G,
+        head_dim=K,
+        rms_norm_eps=1e-3,
+        query_pre_attn_scalar=K if scale is None else 11,
+        attn_implementation="eager",
+    )
+    theirs = Gemma3Attention(config, layer_idx=5)
+    theirs.load_state_dict(gqa.state_dict())
+    cos, sin = rope_table(inverse_frequencies(head_dim=K), torch.arange(T))
+    both = tuple(torch.cat((table, table), -1)[None] for table in (cos, sin))
+    future = torch.full((1, 1, T, T), -math.inf).triu(1)
+    assert_close(gqa(x, (cos, sin)), theirs(x, both, future)[0])
+
+
+def test_one_norm_alone_is_applied():
+    torch.manual_seed(0)
+    plain, x = layer(), torch.randn(B, T, D)
+    for name in ("q_norm", "k_norm"):
+        normed = layer(**{name: UnitOffsetRMSNorm(hidden_size=K)})
+        normed.load_state_dict(plain.state_dict(), strict=False)
+        assert (normed(x) - plain(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("t", [1, 3, T])
+def test_a_scale_of_ones_own_in_the_fused_form(t):
+    q, k, v = heads()
+    q = q[:, :, -t:]
+    plain = fused_grouped_attention(q, k, v, scale=0.7)
+    assert_close(plain, grouped_attention(q * 0.7 * K**0.5, k, v))
+
+
+def test_a_new_cache_is_empty_and_its_own():
+    gqa = layer()
+    first, second = gqa.new_cache(), gqa.new_cache()
+    assert type(first) is LayerCache and first.length == 0
+    gqa(torch.randn(B, T, D), cache=first)
+    assert first.length == T and second.length == 0

@@ -169,6 +169,7 @@ def test_bfloat16_equals_transformers(method):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_whole(unchecked, method, dtype):
     layer, x = moe(method).to(dtype), torch.randn(B, T, D, dtype=dtype)
+    torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert_close(compiled(x), layer(x))
 
@@ -267,6 +268,7 @@ def test_routes_in_float32_and_keeps_the_bias_in_it():
     weights, _ = layer.gate(torch.randn(T, D).bfloat16())
     assert weights.dtype == torch.float32
     assert layer.to("meta").gate.e_score_correction_bias.is_meta
+    assert layer.bfloat16().gate.e_score_correction_bias.dtype == torch.float32
     layer = layer.to_empty(device="cpu")
     assert layer.gate.e_score_correction_bias.device.type == "cpu"
     assert layer.gate.e_score_correction_bias.dtype == torch.float32
@@ -281,7 +283,7 @@ def test_load_and_violation():
     load = expert_load(chosen, 4)
     assert_close(load, torch.tensor([3, 2, 1, 0]) / 1.5)
     assert_close(max_violation(load), torch.tensor(1.0))  # twice the even share
-    assert_close(max_violation(torch.stack([load, torch.ones(4)])), torch.tensor([1.0, 0.0]))
+    assert_close(max_violation(torch.stack([load, 5 * torch.ones(4)])), torch.tensor([1.0, 0.0]))
     assert_close(max_violation(10 * load), torch.tensor(1.0))  # counts do as well
 
 
@@ -337,6 +339,21 @@ def test_without_shared_experts():
     assert_close(layer(x).flatten(0, 1), layer.experts(rows, weights, chosen))
 
 
+@pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
+@pytest.mark.parametrize("kind", [DeepseekRouter, DeepseekMoE])
+def test_unless_told_otherwise_there_is_one_group_and_weights_are_scores(kind, method):
+    sizes = {"hidden_size": D, "n_routed_experts": E - 1, "num_experts_per_tok": K}
+    if kind is DeepseekMoE:
+        sizes["moe_intermediate_size"] = W
+    made = kind(**sizes, topk_method=method)
+    router = made if kind is DeepseekRouter else made.gate
+    x = torch.randn(T, D)
+    expected = (x @ router.weight.T).softmax(dim=-1).topk(K)
+    weights, chosen = router(x)
+    assert_close(weights, expected.values)
+    assert torch.equal(chosen, expected.indices)
+
+
 def test_router_starts_like_a_linear_layer():
     layer = DeepseekRouter(hidden_size=64, n_routed_experts=50, num_experts_per_tok=2)
     assert 0.99 / 8 < layer.weight.max() <= 1 / 8
@@ -370,7 +387,9 @@ def test_refuses_what_does_not_fit(unchecked, options, said):
 def test_takes_what_just_fits():
     moe("V3", topk_group=G, num_experts_per_tok=E)
     moe("V3", num_experts_per_tok=12)
-    moe("V2", n_group=20, topk_group=20)
+    alone = moe("V2", n_group=20, topk_group=20).gate  # groups of one expert
+    x = torch.randn(T, D)
+    assert torch.equal(alone(x)[1], alone.scores(x).topk(K).indices)
     moe("greedy", n_group=3, topk_group=9, num_experts_per_tok=E)
     with pytest.raises(ValueError, match="choose 21 of 20 experts"):
         moe("greedy", num_experts_per_tok=21)
