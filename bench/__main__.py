@@ -26,10 +26,14 @@ def main() -> None:
 
 
 def modules(rounds: int) -> None:
-    from .modules import pairs, ratio  # imports torch, which the engine's peers shouldn't inherit
+    # Imports torch, which the engine's peers shouldn't inherit.
+    from .modules import growth, pairs, ratio
 
     for pair in pairs():
         tell(f"{pair.name}, against {pair.peer}", ratio(pair, max(9, rounds)), pair.bound)
+    for name, factor in growth():
+        bound = 2.05 if name == "flash" else None
+        tell(f"growth of peak memory when the text doubles, {name}", factor, bound)
 
 
 def engine(rounds: int) -> None:

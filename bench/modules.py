@@ -13,15 +13,24 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig
+from transformers import DeepseekV3Config, DynamicCache, LlamaConfig, MistralConfig, MixtralConfig
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.mixtral import modeling_mixtral as mixtral
 
-from snippets.attention.gqa import GroupedQueryAttention
+from snippets.attention.flash_attention import flash_attention
+from snippets.attention.gqa import GroupedQueryAttention, grouped_attention
 from snippets.attention.kv_cache import LayerCache
+from snippets.attention.mla import MultiHeadLatentAttention
+from snippets.attention.sliding_window import SlidingWindowAttention
+from snippets.common.memory import peak_bytes
 from snippets.layers.layer_norm import LayerNorm
 from snippets.layers.rmsnorm import RMSNorm
 from snippets.layers.swiglu import GatedMLP
+from snippets.moe.mixture_of_experts import MixtureOfExperts, grouped_experts, top_k_routing
 from snippets.position.rope import inverse_frequencies, rope_table, rotate
 
 D, H, G, K = 1024, 16, 4, 64  # hidden size, heads, key-value heads, head dim
@@ -49,6 +58,11 @@ class Pair(NamedTuple):
 def pairs() -> Iterator[Pair]:
     hf = "transformers"
     yield Pair("decode with cache, gqa", hf, AT_MOST, *gqa_decode())
+    yield Pair("decode with cache, mla", hf, AT_MOST, *mla_decode())
+    yield Pair("decode with cache, sliding_window", hf, AT_MOST, *window_decode())
+    loop, grouped = experts()
+    yield Pair("64 experts, the layer", hf + "' grouped_mm", AT_MOST, *grouped)
+    yield Pair("64 experts, grouped", "a loop over experts", 1 / 1.5, *loop)
     yield Pair("gqa, whole text", hf, None, *gqa_whole())
     yield Pair("rope", hf, None, *rope())
     sizes = {"hidden_size": D, "intermediate_size": 2816}
@@ -57,6 +71,21 @@ def pairs() -> Iterator[Pair]:
     yield Pair("rmsnorm", hf, None, *same(RMSNorm(hidden_size=D), llama.LlamaRMSNorm(D), tokens()))
     norms = LayerNorm(hidden_size=D), nn.LayerNorm(D)
     yield Pair("layer_norm", "torch", None, *same(*norms, tokens()))
+
+
+def growth() -> list[tuple[str, float]]:
+    """How peak memory grows when the text doubles: twice is linear, four times quadratic."""
+
+    def peak(attention: Callable, t: int) -> int:
+        q, k, v = (torch.randn(1, 2, t, 16, requires_grad=True) for _ in range(3))
+        return peak_bytes(lambda: attention(q, k, v).sum().backward())
+
+    found = []
+    for name, attention in (("flash", flash_attention), ("plain", grouped_attention)):
+        peaks = [peak(attention, t) for t in (256, 512, 1024)]
+        # Of the growth, so that what the tiles take, which doesn't grow, is left out.
+        found.append((name, (peaks[2] - peaks[1]) / (peaks[1] - peaks[0])))
+    return found
 
 
 def tokens(t: int = 512) -> Tensor:
@@ -116,6 +145,84 @@ def gqa_decode() -> tuple[Run, Run]:
             DynamicCache,
             lambda positions: doubled(tables(positions)),
         ),
+    )
+
+
+def mla_decode() -> tuple[Fresh, Fresh]:
+    sizes = {"q_lora_rank": 384, "kv_lora_rank": 512, "qk_nope_head_dim": 128}
+    sizes |= {"qk_rope_head_dim": K, "v_head_dim": 128}
+    ours = MultiHeadLatentAttention(hidden_size=D, num_heads=H, **sizes)
+    config = DeepseekV3Config(
+        hidden_size=D,
+        num_attention_heads=H,
+        num_key_value_heads=H,
+        attn_implementation="sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **sizes,
+    )
+    theirs = deepseek_v3.DeepseekV3Attention(config, layer_idx=0)
+    theirs.load_state_dict(ours.state_dict())
+    return (
+        decode(lambda x, r, cache: ours(x, r, cache=cache), LayerCache, tables),
+        decode(
+            lambda x, r, cache: theirs(x, r, None, cache)[0],
+            DynamicCache,
+            lambda positions: doubled(tables(positions)),
+        ),
+    )
+
+
+def window_decode() -> tuple[Fresh, Fresh]:
+    sizes = {"hidden_size": D, "num_heads": H, "num_kv_heads": G, "head_dim": K}
+    ours = SlidingWindowAttention(window=256, **sizes)
+    chosen = config(MistralConfig, sliding_window=256, num_hidden_layers=1)
+    theirs = mistral.MistralAttention(chosen, layer_idx=0)
+    theirs.load_state_dict(ours.state_dict())
+    # Their prompt's mask is left out: what it gives isn't timed, and keys don't depend on it.
+    return (
+        decode(lambda x, r, cache: ours(x, r, cache=cache), ours.new_cache, tables),
+        decode(
+            lambda x, r, cache: theirs(x, r, None, cache)[0],
+            lambda: DynamicCache(config=chosen),
+            lambda positions: doubled(tables(positions)),
+        ),
+    )
+
+
+def experts() -> tuple[tuple[Run, Run], tuple[Run, Run]]:
+    """Ours against a loop over the experts, and the layer against transformers' fastest."""
+    d, f, e, k = 256, 128, 64, 6
+    layer = MixtureOfExperts(
+        hidden_size=d, intermediate_size=f, num_experts=e, num_experts_per_tok=k
+    )
+    x, stacks = torch.randn(1, 64, d), list(layer.experts.parameters())
+    weights, chosen = top_k_routing(layer.gate(x[0]).detach(), k)
+
+    def loop() -> Tensor:
+        y = torch.zeros_like(x[0])
+        for number, (gate, up, down) in enumerate(zip(*stacks, strict=True)):
+            token, choice = torch.where(chosen == number)
+            if len(token):
+                rows = x[0, token]
+                out = F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
+                y.index_add_(0, token, out * weights[token, choice, None])
+        return y
+
+    sizes = {"hidden_size": d, "intermediate_size": f, "num_local_experts": e}
+    theirs = MixtralConfig(num_experts_per_tok=k, **sizes)
+    theirs._experts_implementation = "grouped_mm"
+    block = mixtral.MixtralSparseMoeBlock(theirs)
+    gate, up, down = stacks
+    block.load_state_dict(
+        {
+            "gate.weight": layer.gate.weight,
+            "experts.gate_up_proj": torch.cat((gate, up), dim=1),
+            "experts.down_proj": down,
+        }
+    )
+    return (
+        (lambda: grouped_experts(x[0], weights, chosen, *stacks), loop),
+        (lambda: layer(x), lambda: block(x)),
     )
 
 

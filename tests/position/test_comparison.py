@@ -187,6 +187,10 @@ def test_refuses_heads_of_uneven_size(size, heads):
         PositionedAttention(hidden_size=size, num_heads=heads)
 
 
+def test_one_head_is_enough():
+    assert build("rope", num_heads=1)(tokens()).shape == (B, T, V)
+
+
 def test_refuses_another_kind():
     with pytest.raises(ValueError, match=re.escape("position='t5' isn't one of none, sinusoidal")):
         build("t5")
