@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.kv_cache import KVCache, LayerCache, places
+from snippets.attention.sliding_window import attention_with_window
 from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
 from snippets.layers.rmsnorm import UnitOffsetRMSNorm
 from snippets.layers.swiglu import ACTIVATIONS, GatedMLP
-from snippets.models.mistral import attention_with_window
 from snippets.position.context_extension import scaled_frequencies
 from snippets.position.rope import rope_table
 

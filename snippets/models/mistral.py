@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from snippets.attention.gqa import GroupedQueryAttention
-from snippets.attention.sliding_window import SlidingWindowAttention
+from snippets.attention.sliding_window import attention_with_window
 from snippets.models.llama import Llama, LlamaConfig, LlamaLayer
 
 
@@ -49,13 +48,6 @@ class MistralLayer(LlamaLayer):
             head_dim=config.size_of_head,
             bias=config.attention_bias,
         )
-
-
-def attention_with_window(window: int | None, **sizes) -> GroupedQueryAttention:
-    """Attention to the last `window` tokens, or to all of them."""
-    if window is None:
-        return GroupedQueryAttention(**sizes)
-    return SlidingWindowAttention(window=window, **sizes)
 
 
 class Mistral(Llama):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from snippets.attention.gqa import GroupedQueryAttention
+from snippets.attention.sliding_window import attention_with_window
 from snippets.layers.rmsnorm import RMSNorm
 from snippets.models.llama import Llama, LlamaConfig, LlamaLayer
-from snippets.models.mistral import attention_with_window
 from snippets.moe.mixture_of_experts import MixtureOfExperts
 
 KINDS = ("full_attention", "sliding_attention")
