@@ -182,7 +182,7 @@ class Module(Source):
         for one in self.imports:
             package, head = one.source.partition(".")[0], one.statement in self.heads
             if not one.inside and package not in (*NEEDED, *sys.stdlib_module_names):
-                needed = " and ".join(NEEDED)
+                needed = ", ".join(NEEDED[:-1]) + f" and {NEEDED[-1]}"
                 self.refuse(one.statement, f"imports {package}; one file may need {needed} only")
             if one.inside and one.scope is self.top and not head:
                 self.refuse(one.statement, "an import of the project inside if, try or with")

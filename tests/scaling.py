@@ -11,7 +11,9 @@ def scale(module: ModuleType, factor: float = 1.01) -> None:
     for name, thing in list(vars(module).items()):
         if getattr(thing, "__module__", None) != module.__name__:
             continue
-        if inspect.isclass(thing) and issubclass(thing, nn.Module) and "forward" in vars(thing):
+        if inspect.isclass(thing) and issubclass(thing, nn.Module):
+            if "forward" not in vars(thing) and thing.forward.__module__ == module.__name__:
+                continue  # a class above it in this module has it, and is scaled
             thing.forward = scaled(thing.forward, factor)
         elif inspect.isfunction(thing) and not name.startswith("_"):
             setattr(module, name, scaled(thing, factor))

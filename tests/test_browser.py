@@ -53,7 +53,8 @@ def tab(browser, address):
 @pytest.fixture(scope="session")
 def lesson(site) -> str:
     """A page with code, formulas and tables."""
-    return max(site.rglob("*.html"), key=lambda p: p.stat().st_size).relative_to(site).as_posix()
+    pages = [p for p in site.rglob("*.html") if "api" not in p.relative_to(site).parts]
+    return max(pages, key=lambda p: p.stat().st_size).relative_to(site).as_posix()
 
 
 def look(browser, base: str, pages: list[str], size: str, scheme: str, shots: Path) -> list[str]:

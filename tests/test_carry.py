@@ -138,7 +138,7 @@ def test_a_button_copies_the_one_file(site, browser, address, way):
     if way == "without a clipboard":
         tab.add_init_script("navigator.clipboard.writeText = () => Promise.reject()")
     tab.goto(f"{f'file://{site}/' if way == 'file' else address}{page.relative_to(site)}")
-    link, button = tab.locator("a.one-file"), tab.locator("button.copy-file")
+    link, button = tab.locator("a.one-file").first, tab.locator("button.copy-file").first
     assert link.get_attribute("download") == f"{page.stem}.py"
     file = (page.parent / link.get_attribute("href")).resolve()
     button.focus()

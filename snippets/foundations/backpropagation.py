@@ -50,6 +50,7 @@ class Value:
 
     @property
     def grad(self) -> Tensor | None:
+        """What `backward` has added up here; None before it, and where nothing was asked for."""
         return None if self.node is None else self.node.grad
 
     def __add__(self, other: "Value | int | float") -> "Value":

@@ -196,6 +196,11 @@ def test_einsum_keeps_the_type_and_sums_precisely(dtype):
     assert einsum("i->", ones) == 1000
 
 
+def test_einsum_of_whole_numbers_is_exact():
+    large = torch.tensor([2**40 + 1, 3])
+    assert einsum("i,i->i", large, torch.tensor([1, 5])).tolist() == [2**40 + 1, 15]
+
+
 def test_einsum_is_a_sum_in_loops():
     a, b = torch.randn(2, 3, 2), torch.randn(3, 4)
     expected = torch.zeros(4, 2)
