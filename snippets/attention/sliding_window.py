@@ -139,3 +139,10 @@ class SlidingWindowAttention(GroupedQueryAttention):
     def new_cache(self) -> RollingCache:
         """An empty cache that keeps window - 1 tokens."""
         return RollingCache(self.window)
+
+
+def attention_with_window(window: int | None, **sizes) -> GroupedQueryAttention:
+    """Attention to the last `window` tokens, or to all of them: for models that have both."""
+    if window is None:
+        return GroupedQueryAttention(**sizes)
+    return SlidingWindowAttention(window=window, **sizes)

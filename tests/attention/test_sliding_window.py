@@ -18,6 +18,7 @@ from snippets.attention.kv_cache import LayerCache
 from snippets.attention.sliding_window import (
     RollingCache,
     SlidingWindowAttention,
+    attention_with_window,
     window_mask,
     within_window,
 )
@@ -316,3 +317,11 @@ def test_compiles_whole(unchecked):
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     mask = torch.ones(B, T, dtype=torch.long)
     assert_close(compiled(x, tables(), mask), ours(x, tables(), mask))
+
+
+def test_a_window_is_optional():
+    sizes = {"hidden_size": D, "num_heads": H, "num_kv_heads": G}
+    assert type(attention_with_window(None, **sizes)) is GroupedQueryAttention
+    narrow = attention_with_window(3, **sizes)
+    assert type(narrow) is SlidingWindowAttention and narrow.window == 3
+    assert narrow.k_proj.weight.shape == (G * D // H, D)
