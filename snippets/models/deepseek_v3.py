@@ -1,0 +1,132 @@
+"""DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437).
+
+DeepSeek-V2 with another router: sigmoid scores, a bias that keeps the experts' load even, and
+groups judged by their two best. Published in float8, one scale for each block of a matrix.
+
+Axes: as in `snippets/models/llama.py`; o outputs and i inputs of a matrix, p and q its blocks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from snippets.common.checkpoint import CheckpointError, read_tensors
+from snippets.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
+
+SCALE = "_scale_inv"  # behind a weight's name: what its blocks are multiplied by
+BIAS = "e_score_correction_bias"  # stays in float32: its steps are finer than bfloat16's
+
+
+@dataclass(frozen=True)
+class DeepseekV3Config(DeepseekV2Config):
+    """DeepSeek-V2's keys with V3's defaults.
+
+    Raises:
+        ValueError: a value that this model can't honour.
+    """
+
+    first_k_dense_replace: int = 3
+    moe_intermediate_size: int = 2048
+    n_routed_experts: int | None = 256
+    num_experts_per_tok: int | None = 8
+    n_shared_experts: int | None = 1
+    n_group: int | None = 8
+    topk_group: int | None = 4
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    rope_interleave: bool = True
+    num_nextn_predict_layers: int = 0
+    quantization_config: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.rope_interleave:
+            raise ValueError("rope_interleave=False isn't supported")
+        self.block_size  # noqa: B018 - refuses what it can't read
+
+    def refuse_routing(self) -> None:
+        if (self.scoring_func, self.topk_method) != ("sigmoid", "noaux_tc"):
+            raise ValueError(
+                f"scoring_func={self.scoring_func!r} with topk_method={self.topk_method!r} "
+                "isn't DeepSeek-V3's"
+            )
+
+    @property
+    def block_size(self) -> tuple[int, int] | None:
+        """Outputs and inputs of a block with a scale of its own; None where nothing is scaled."""
+        if self.quantization_config is None:
+            return None
+        method = self.quantization_config.get("quant_method")
+        block = self.quantization_config.get("weight_block_size")
+        sizes = (
+            isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block)
+        )
+        if method != "fp8" or not sizes or min(block) < 1:
+            raise ValueError(
+                f"quant_method={method!r} with weight_block_size={block} isn't supported"
+            )
+        return tuple(block)
+
+
+def scale_blocks(
+    weight: Float[Tensor, "o i"], scale: Float[Tensor, "p q"], block_size: tuple[int, int]
+) -> Float[Tensor, "o i"]:
+    """weight · scale in float32, each scale for one block; the last blocks may be cut off.
+
+    Files call the scale `weight_scale_inv`: the inverse of what the weight was multiplied by.
+
+    Raises:
+        ValueError: not one scale for each block.
+    """
+    o, i = weight.shape
+    wanted = tuple(-(-n // size) for n, size in zip(weight.shape, block_size, strict=True))
+    if tuple(scale.shape) != wanted:
+        raise ValueError(
+            f"{tuple(scale.shape)} scales for {wanted} blocks of {tuple(weight.shape)}"
+        )
+    rows, columns = block_size
+    wide = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)  # ≥o ≥i
+    return weight.float() * wide[:o, :i]
+
+
+class DeepseekV3(DeepseekV2):
+    """A DeepSeek-V3 that gives logits; parameters are named as in published checkpoints."""
+
+    config_class = DeepseekV3Config
+    model_types = ("deepseek_v3",)
+
+    @staticmethod
+    def tensors(
+        folder: str | Path, config: DeepseekV3Config, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """The folder's weights by name; those in float8 come in `dtype`, else in bfloat16.
+
+        Raises:
+            CheckpointError: a weight in float8 without scales, or scales that don't fit.
+        """
+        # Read as they are: in bfloat16 the scales would lose their last bits.
+        tensors = read_tensors(folder)
+        scales = {n: tensors.pop(n) for n in list(tensors) if n.endswith(SCALE)}
+        for name, weight in tensors.items():
+            scale = scales.pop(name + SCALE, None)
+            if weight.dtype == torch.float8_e4m3fn:
+                if scale is None or config.block_size is None:
+                    raise CheckpointError(f"{folder}: {name} is in float8, without scales")
+                try:
+                    weight = scale_blocks(weight, scale, config.block_size)
+                except ValueError as error:
+                    raise CheckpointError(f"{folder}: {name}: {error}") from None
+                tensors[name] = weight.to(dtype or torch.bfloat16)
+            elif scale is not None:
+                raise CheckpointError(f"{folder}: {name} is in {weight.dtype}, with scales")
+            elif dtype is not None and not name.endswith(BIAS):
+                tensors[name] = weight.to(dtype)
+        if scales:
+            raise CheckpointError(f"{folder}: scales without a weight: {', '.join(scales)}")
+        return tensors
