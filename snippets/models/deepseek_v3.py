@@ -1,21 +1,25 @@
 """DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437).
 
 DeepSeek-V2 with another router: sigmoid scores, a bias that keeps the experts' load even, and
-groups judged by their two best. Published in float8, one scale for each block of a matrix.
+groups judged by their two best. Published in float8, one scale for each block of a matrix, and
+with a layer more that guesses the token after the next one.
 
 Axes: as in `snippets/models/llama.py`; o outputs and i inputs of a matrix, p and q its blocks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
+from snippets.attention.kv_cache import LayerCache
 from snippets.common.checkpoint import CheckpointError, read_tensors
-from snippets.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
+from snippets.layers.rmsnorm import RMSNorm
+from snippets.models.deepseek_v2 import DeepseekV2, DeepseekV2Config, DeepseekV2Layer
+from snippets.moe.multi_token_prediction import generate_with_drafter
 
 SCALE = "_scale_inv"  # behind a weight's name: what its blocks are multiplied by
 BIAS = "e_score_correction_bias"  # stays in float32: its steps are finer than bfloat16's
@@ -41,13 +45,15 @@ class DeepseekV3Config(DeepseekV2Config):
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
     rope_interleave: bool = True
-    num_nextn_predict_layers: int = 0
+    num_nextn_predict_layers: int = 0  # MTP layers, behind the others
     quantization_config: dict[str, Any] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if not self.rope_interleave:
             raise ValueError("rope_interleave=False isn't supported")
+        if self.num_nextn_predict_layers < 0:
+            raise ValueError(f"num_nextn_predict_layers={self.num_nextn_predict_layers} is below 0")
         self.block_size  # noqa: B018 - refuses what it can't read
 
     def refuse_routing(self) -> None:
@@ -95,11 +101,109 @@ def scale_blocks(
     return weight.float() * wide[:o, :i]
 
 
+class MTPLayer(DeepseekV2Layer):
+    """A layer as `MTPModule` with its own embedding and head, all named as in checkpoints.
+
+    The report has the model's embedding and head here; the files hold both a second time.
+    """
+
+    def __init__(self, config: DeepseekV3Config, number: int):
+        super().__init__(config, number)
+        norm = {"hidden_size": config.hidden_size, "eps": config.rms_norm_eps}
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.enorm, self.hnorm = RMSNorm(**norm), RMSNorm(**norm)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(**norm), "head": head})
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        hidden: Float[Tensor, "b t d"],
+        rotation: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "b 1 t s"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """States of which the head makes its guesses.
+
+        Args:
+            input_ids: the token after each of the t.
+            hidden: of each of the t tokens, from the model, behind its last norm.
+            rotation: of so many positions; only their differences count.
+            mask: as in other layers.
+            cache: of this layer.
+        """
+        embedded = self.embed_tokens(input_ids)
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+        return self.shared_head["norm"](super().forward(x, rotation, mask, cache))
+
+
 class DeepseekV3(DeepseekV2):
-    """A DeepSeek-V3 that gives logits; parameters are named as in published checkpoints."""
+    """A DeepSeek-V3 that gives logits; parameters are named as in published checkpoints.
+
+    MTP layers stand behind the others in `model.layers`. They take no part in the logits; the
+    first of them drafts.
+    """
 
     config_class = DeepseekV3Config
     model_types = ("deepseek_v3",)
+
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__(config)
+        first = config.num_hidden_layers
+        numbers = range(first, first + config.num_nextn_predict_layers)
+        self.model.layers.extend(MTPLayer(config, number) for number in numbers)
+
+    @property
+    def mtp_layers(self) -> list[MTPLayer]:
+        """One for each depth, from 1; none where the checkpoint holds none."""
+        return list(self.model.layers[self.config.num_hidden_layers :])
+
+    def generate_with_drafter(
+        self,
+        input_ids: Int[Tensor, "1 t"],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Int[Tensor, "1 tn"], list[bool]]:
+        """What the model writes alone, with fewer passes; and which guesses stayed.
+
+        The arguments are those of `snippets.moe.multi_token_prediction.generate_with_drafter`.
+
+        Raises:
+            ValueError: no MTP layer, several prompts, an empty one, or no token to write.
+        """
+        if not self.mtp_layers:
+            raise ValueError("no MTP layer to draft with: num_nextn_predict_layers=0")
+        drafter = self.mtp_layers[0]
+
+        def draft(ids: Tensor, hidden: Tensor, cache: LayerCache) -> Tensor:
+            positions = torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)
+            rotation = self.model.rotation(positions, hidden.dtype)
+            return drafter.shared_head["head"](drafter(ids, hidden, rotation, None, cache))
+
+        return generate_with_drafter(
+            lambda ids, cache: self.model(ids, cache=cache),
+            self.head,
+            draft,
+            self.new_cache(),
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+        )
+
+    @classmethod
+    def from_tensors(
+        cls, config: DeepseekV3Config, tensors: dict[str, Tensor], *, source: str | Path
+    ) -> "DeepseekV3":
+        """A model of exactly these tensors; those of the MTP layers are all there, or none."""
+        numbers = range(config.num_nextn_predict_layers)
+        prefixes = [f"model.layers.{config.num_hidden_layers + number}." for number in numbers]
+        if not any(name.startswith(tuple(prefixes)) for name in tensors):
+            config = replace(config, num_nextn_predict_layers=0)
+        return super().from_tensors(config, tensors, source=source)
 
     @staticmethod
     def tensors(

@@ -144,13 +144,19 @@ class LlamaModel(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         x = self.embed_tokens(input_ids)  # b t d
         positions, mask = places(input_ids, attention_mask, 0 if cache is None else cache.length)
+        rotation = self.rotation(positions, x.dtype)
+        for number in range(self.config.num_hidden_layers):
+            x = self.layers[number](x, rotation, mask, None if cache is None else cache[number])
+        return self.norm(x)
+
+    def rotation(
+        self, positions: Int[Tensor, "*b t"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "*b t f"], Float[Tensor, "*b t f"]]:
+        """Cosine and sine of each position's angles."""
         # Not a buffer: `.bfloat16()` would round it, `meta` would leave it empty.
         inv_freq, factor = self.config.frequencies()
-        cos, sin = rope_table(inv_freq.to(x.device), positions)  # t f or b t f
-        rotation = (factor * cos).to(x.dtype), (factor * sin).to(x.dtype)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, rotation, mask, None if cache is None else cache[number])
-        return self.norm(x)
+        cos, sin = rope_table(inv_freq.to(positions.device), positions)
+        return (factor * cos).to(dtype), (factor * sin).to(dtype)
 
 
 class Llama(nn.Module):
@@ -183,13 +189,17 @@ class Llama(nn.Module):
         Raises:
             ValueError: the attention mask isn't as long as cached and new tokens.
         """
-        x = self.model(input_ids, attention_mask, cache)
+        return self.head(self.model(input_ids, attention_mask, cache))
+
+    def head(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        """Logits of hidden states behind the last norm."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(x, head.weight)
 
     def new_cache(self) -> KVCache:
         """An empty cache, for one batch of prompts."""
-        return KVCache([layer.self_attn.new_cache() for layer in self.model.layers])
+        layers = self.model.layers[: self.config.num_hidden_layers]
+        return KVCache([layer.self_attn.new_cache() for layer in layers])
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Llama":
@@ -204,12 +214,18 @@ class Llama(nn.Module):
                 supported, by name and file.
         """
         config = read_config(folder, cls.config_class, model_types=cls.model_types)
-        tensors = cls.tensors(folder, config, dtype)
+        return cls.from_tensors(config, cls.tensors(folder, config, dtype), source=folder)
+
+    @classmethod
+    def from_tensors(
+        cls, config: LlamaConfig, tensors: dict[str, Tensor], *, source: str | Path
+    ) -> "Llama":
+        """A model of exactly these tensors, by name; `source` is named in errors."""
         if config.tie_word_embeddings:
-            drop_tied_head(tensors, "lm_head.weight", "model.embed_tokens.weight", source=folder)
+            drop_tied_head(tensors, "lm_head.weight", "model.embed_tokens.weight", source=source)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, tensors, source=folder)
+        load_weights(model, tensors, source=source)
         return model.eval()
 
     @staticmethod

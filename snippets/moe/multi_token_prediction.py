@@ -173,8 +173,8 @@ def generate_with_drafter(
     Args:
         trunk: hidden states (behind the last norm) of new tokens, which the cache then keeps.
         head: logits of hidden states.
-        draft: the MTP module's states, of the tokens after some, those tokens' hidden states,
-            and its cache.
+        draft: logits of the MTP module, of the tokens after some, those tokens' hidden
+            states, and its cache.
         cache: an empty one of the model's, whose layers can forget their last token.
         input_ids: one prompt.
         max_new_tokens: how many tokens to write.
@@ -191,26 +191,27 @@ def generate_with_drafter(
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} writes nothing")
 
-    def distribution(state: Float[Tensor, "1 d"]) -> Float[Tensor, " v"]:
-        return probabilities(head(state)[0], temperature)
+    def distribution(logits: Float[Tensor, "1 t v"], place: int = -1) -> Float[Tensor, " v"]:
+        return probabilities(logits[0, place], temperature)
 
     def drawn(p: Float[Tensor, " v"]) -> int:
         return int(torch.multinomial(p, 1, generator=generator))
 
     draft_cache, kept, end = LayerCache(), [], input_ids.shape[1] + max_new_tokens
     hidden = trunk(input_ids, cache)  # 1 t d
-    ids = with_token(input_ids, drawn(distribution(hidden[:, -1])))
+    ids = with_token(input_ids, drawn(distribution(head(hidden[:, -1:]))))
     while ids.shape[1] < end:
         # The drafter reads what is settled: each hidden state with the token after it.
         after = ids[:, ids.shape[1] - hidden.shape[1] :]
-        q = distribution(draft(after, hidden, draft_cache)[:, -1])
+        q = distribution(draft(after, hidden, draft_cache))
         guess = drawn(q)
         hidden = trunk(with_token(ids[:, -1:], guess), cache)  # 1 2 d
-        token, stays = accept_or_resample(guess, distribution(hidden[:, 0]), q, generator)
+        logits = head(hidden)
+        token, stays = accept_or_resample(guess, distribution(logits, 0), q, generator)
         kept.append(stays)
         ids = with_token(ids, token)
         if stays:
-            ids = with_token(ids, drawn(distribution(hidden[:, 1])))
+            ids = with_token(ids, drawn(distribution(logits)))
         else:
             hidden = hidden[:, :1]
             for layer in cache.layers:

@@ -1,15 +1,24 @@
 """DeepSeek-V3 against transformers, through checkpoint folders that transformers wrote."""
 
+import json
 import math
+import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 from transformers import DeepseekV3ForCausalLM
+from transformers.modeling_layers import MtpModel
 
 from snippets.common.checkpoint import CheckpointError
+from snippets.common.generate import generate
+from snippets.models.deepseek_v2 import DeepseekV2Layer
 from snippets.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from snippets.moe.multi_token_prediction import MTPModule
 from tests.checkpoints import (
     cached_equals_whole,
     edit,
@@ -104,6 +113,7 @@ REFUSED = [
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
         r"quant_method='fp8' with weight_block_size=\[128\]",
     ),
+    ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1 is below 0"),
     ({"model_type": "deepseek_v2"}, "model_type='deepseek_v2'"),
 ]
 
@@ -219,23 +229,203 @@ def test_float8_without_a_block_size_is_refused(float8):
         DeepseekV3.from_pretrained(folder)
 
 
+# The MTP layer
+
+COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+
+
+def mtp_tensors(seed: int = 5, number: int = 4) -> dict[str, torch.Tensor]:
+    """Of one MTP layer, under the names of the published files."""
+    one_more = oracle(num_hidden_layers=5)
+    redraw(one_more, seed)
+    prefix = f"model.layers.{number}."
+    block = {n: w for n, w in hub_names(one_more).items() if n.startswith("model.layers.4.")}
+    drawn = torch.Generator().manual_seed(seed)
+    d = BASE["hidden_size"]
+    own = {
+        "embed_tokens.weight": torch.randn(V, d, generator=drawn),
+        "enorm.weight": 1 + 0.3 * torch.randn(d, generator=drawn),
+        "hnorm.weight": 1 + 0.3 * torch.randn(d, generator=drawn),
+        "eh_proj.weight": 0.2 * torch.randn(d, 2 * d, generator=drawn),
+        "shared_head.norm.weight": 1 + 0.3 * torch.randn(d, generator=drawn),
+        "shared_head.head.weight": torch.randn(V, d, generator=drawn),
+    }
+    block = {n.replace("model.layers.4.", prefix): w for n, w in block.items()}
+    return block | {prefix + n: w for n, w in own.items()}
+
+
+def hub_names(model) -> dict[str, torch.Tensor]:
+    """A reference's weights as it writes them to a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def add(folder, *layers: dict[str, torch.Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for layer in layers:
+        tensors |= layer
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def drafting(folder):
+    """A folder with an MTP layer that shares embedding and head with the model, as published."""
+    tensors, layer = load_file(folder / "model.safetensors"), mtp_tensors()
+    layer["model.layers.4.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    layer["model.layers.4.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    add(folder, layer)
+    return folder
+
+
+@pytest.fixture
+def reads_layer_4(monkeypatch):
+    """transformers looks for V3's MTP layer at 61 only."""
+    patterns = [r"model\.layers\.4\."]
+    monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", patterns)
+
+
+@torch.no_grad()
+def test_the_mtp_layer_leaves_the_logits_alone(drafting):
+    ours, ids = DeepseekV3.from_pretrained(drafting), prompt(V, B, T)
+    assert len(ours.mtp_layers) == 1 and len(ours.new_cache().layers) == 4
+    same_logits(ours, oracle(), ids, left_padded(B, T, 4))
+    assert set(ours.state_dict()) == set(load_file(drafting / "model.safetensors"))
+
+
+@torch.no_grad()
+def test_guesses_are_those_of_transformers(drafting, reads_layer_4):
+    theirs = DeepseekV3ForCausalLM.from_pretrained(drafting)
+    module = MtpModel.from_pretrained(theirs)
+    ours, ids = DeepseekV3.from_pretrained(drafting), prompt(V, 1, T)
+    hidden = theirs.model(ids).last_hidden_state
+    places = torch.arange(1, T)[None]
+    expected = module.forward_layer(0, hidden[:, :-1], places, None, input_ids=ids[:, 1:])
+    layer, rotation = ours.mtp_layers[0], ours.model.rotation(places[0], torch.float32)
+    found = layer(ids[:, 1:], ours.model(ids)[:, :-1], rotation)
+    assert_close(found, expected)
+    assert_close(layer.shared_head["head"](found), module.shared_head(expected))
+
+
+@torch.no_grad()
+def test_the_mtp_layer_equals_the_module_of_its_lesson(folder):
+    """With an embedding and a head of its own, which a checkpoint may hold."""
+    layer = mtp_tensors()
+    add(folder, layer)
+    ours = DeepseekV3.from_pretrained(folder)
+    config, ids, hidden = ours.config, prompt(V, B, T), torch.randn(B, T, 40)
+    module = MTPModule(hidden_size=40, block=DeepseekV2Layer(config, 4), eps=config.rms_norm_eps)
+    own = {n.removeprefix("model.layers.4."): w for n, w in layer.items()}
+    embedding, head = (own.pop(name) for name in COPIES)
+    beside = ("enorm", "hnorm", "eh_proj", "shared_head")
+    module.load_state_dict({n if n.startswith(beside) else f"block.{n}": own[n] for n in own})
+    rotation = ours.model.rotation(torch.arange(T), torch.float32)
+    expected = module(embedding[ids], hidden, rotation)
+    found = ours.mtp_layers[0](ids, hidden, rotation)
+    assert_close(found, expected)
+    assert torch.equal(ours.mtp_layers[0].shared_head["head"].weight, head)
+
+
+@pytest.mark.parametrize("t", [1, T])
+def test_with_the_drafter_it_writes_what_it_writes_alone(drafting, reads_layer_4, t):
+    ours, ids = DeepseekV3.from_pretrained(drafting), prompt(V, 1, t)
+    written, kept = ours.generate_with_drafter(ids, max_new_tokens=25)
+    assert torch.equal(written, generate(ours, ids, max_new_tokens=25))
+    assert kept and not all(kept)
+    theirs = DeepseekV3ForCausalLM.from_pretrained(drafting)
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(
+        ids, max_new_tokens=25, do_sample=False, use_mtp=True, pad_token_id=0
+    )
+    assert torch.equal(written, expected)
+
+
+@torch.no_grad()
+def test_each_guess_is_the_mtp_layers_own(drafting):
+    """One guess after another, without a cache: which of them stay."""
+    ours, ids = DeepseekV3.from_pretrained(drafting), prompt(V, 1, T)
+    written, kept = ours.generate_with_drafter(ids, max_new_tokens=40)
+    layer, expected, seen = ours.mtp_layers[0], [], T + 1
+    while seen < written.shape[1]:
+        states = ours.model(written[:, : seen - 1])
+        rotation = ours.model.rotation(torch.arange(seen - 1), torch.float32)
+        states = layer(written[:, 1:seen], states, rotation)
+        guess = layer.shared_head["head"](states)[0, -1].argmax()
+        expected.append(bool(guess == written[0, seen]))
+        seen += 1 + expected[-1]
+    assert kept == expected
+
+
+def test_sampling_with_the_drafter_repeats_with_its_generator(drafting):
+    ours, ids = DeepseekV3.from_pretrained(drafting), prompt(V, 1, T)
+
+    def write(seed: int, temperature: float) -> list[int]:
+        drawn = torch.Generator().manual_seed(seed)
+        written, _ = ours.generate_with_drafter(
+            ids, max_new_tokens=10, temperature=temperature, generator=drawn
+        )
+        return written[0, T:].tolist()
+
+    assert write(0, 2.0) == write(0, 2.0) != write(1, 2.0)
+    assert write(0, 0.0) == write(1, 0.0)
+
+
+def test_without_its_tensors_there_is_no_drafter(folder):
+    ours = DeepseekV3.from_pretrained(folder)  # whose config.json announces one MTP layer
+    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert ours.mtp_layers == [] and ours.config.num_nextn_predict_layers == 0
+    with pytest.raises(ValueError, match="no MTP layer to draft with"):
+        ours.generate_with_drafter(prompt(V, 1, T), max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["enorm.weight", "mlp.experts.7.up_proj.weight", "shared_head.head.weight"]
+)
+def test_an_mtp_layer_in_part_is_refused(drafting, name):
+    tensors = load_file(drafting / "model.safetensors")
+    del tensors[f"model.layers.4.{name}"]
+    save_file(tensors, drafting / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"missing: model\.layers\.4\.{re.escape(name)}$"):
+        DeepseekV3.from_pretrained(drafting)
+
+
+def test_two_mtp_layers_are_read_and_one_of_two_is_refused(drafting):
+    edit(drafting, num_nextn_predict_layers=2)
+    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.5\.input_layernorm"):
+        DeepseekV3.from_pretrained(drafting)
+    add(drafting, mtp_tensors(6, number=5))
+    assert len(DeepseekV3.from_pretrained(drafting).mtp_layers) == 2
+
+
+def test_tensors_that_the_config_does_not_announce_are_refused(drafting):
+    edit(drafting, num_nextn_predict_layers=0)
+    with pytest.raises(CheckpointError, match=r"unexpected: .*model\.layers\.4\.eh_proj\.weight"):
+        DeepseekV3.from_pretrained(drafting)
+
+
 # Real sizes
 
 
 def test_full_size_has_the_published_number_of_parameters():
-    """The report's abstract: 671B, and 37B for one token; without the MTP layer."""
+    """The release's README_WEIGHTS.md: 671B, 36.6B of them for one token (with the head, not the
+    embedding); in the MTP layer 11.5B besides embedding and head, eh_proj not counted."""
     config = DeepseekV3Config(
         vocab_size=129280,
         hidden_size=7168,
         intermediate_size=18432,
         num_hidden_layers=61,
         num_attention_heads=128,
+        num_nextn_predict_layers=1,
     )
     with torch.device("meta"):
         model = DeepseekV3(config)
-    count = sum(w.numel() for w in model.parameters())
+    (mtp_layer,) = model.mtp_layers
+    extra = sum(w.numel() for w in mtp_layer.parameters())
+    count = sum(w.numel() for w in model.parameters()) - extra
     assert f"{count / 1e9:.0f}" == "671"
     idle = 58 * (256 - 8) * 3 * 7168 * 2048
-    assert 37 <= (count - idle) / 1e9 < 38
-    lookup = 129280 * 7168
-    assert f"{(count - idle - lookup) / 1e9:.0f}" == "37"
+    matrix = 129280 * 7168  # embedding or head
+    assert f"{(count - idle - matrix) / 1e9:.1f}" == "36.6"
+    joining = mtp_layer.eh_proj.weight.numel()
+    assert f"{(extra - 2 * matrix - joining) / 1e9:.1f}" == "11.5"
+    assert f"{matrix / 1e9:.1f}" == "0.9"

@@ -185,7 +185,8 @@ def parts(trunk: Llama, module: MTPModule):
 
     def draft(tokens, hidden, cache):
         turned = rotation(tokens.shape[1], cache.length)
-        return module(trunk.model.embed_tokens(tokens), hidden, turned, None, cache)
+        embedded = trunk.model.embed_tokens(tokens)
+        return trunk.lm_head(module(embedded, hidden, turned, None, cache))
 
     return (run, trunk.lm_head, draft), passes
 
@@ -225,7 +226,7 @@ def test_a_drafter_that_knows_the_model_is_always_right():
     trunk.model(tokens[:, :1], cache=own)
 
     def oracle(after, hidden, cache):
-        return trunk.model(after, cache=own)
+        return trunk(after, cache=own)
 
     written, kept = generate_with_drafter(
         run, head, oracle, trunk.new_cache(), tokens, max_new_tokens=12
@@ -295,7 +296,7 @@ def test_sampled_text_has_the_models_distribution():
     def draft(tokens, hidden, cache):
         places = torch.arange(cache.length, cache.length + tokens.shape[1])
         embedded = trunk.model.embed_tokens(tokens)
-        return module(embedded, hidden, rope_table(inv_freq, places), None, cache)
+        return trunk.lm_head(module(embedded, hidden, rope_table(inv_freq, places), None, cache))
 
     def run(tokens, cache):
         return trunk.model(tokens, cache=cache)

@@ -19,7 +19,7 @@ def calls(m):
 
     def write(ids):
         trunk = lambda ids, cache: embed(ids)  # noqa: E731
-        draft = lambda ids, hidden, cache: module(embed(ids), hidden)  # noqa: E731
+        draft = lambda ids, hidden, cache: head(module(embed(ids), hidden))  # noqa: E731
         return m.generate_with_drafter(trunk, head, draft, m.KVCache([]), ids, max_new_tokens=5)
 
     return [
