@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
@@ -22,12 +23,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
-    """The real site, built strictly."""
-    folder = tmp_path_factory.mktemp("built") / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def site(tmp_path_factory, worker_id) -> Path:
+    """The real site, built strictly; once for all workers."""
+    ours = tmp_path_factory.getbasetemp()
+    shared = ours if worker_id == "master" else ours.parent
+    folder, built = shared / "site", shared / "site.built"
+    with FileLock(shared / "site.lock"):
+        if not built.exists():
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            built.touch()
     return folder
 
 
@@ -36,7 +42,8 @@ def report(site) -> dict:
     return json.loads((ROOT / "build/report.json").read_text())
 
 
-@pytest.fixture(scope="session")
+# Not of the session: the renderer of diagrams starts a browser too, and one thread has one.
+@pytest.fixture(scope="module")
 def browser():
     with chromium() as browser:
         yield browser
