@@ -259,6 +259,7 @@ def test_refuses_what_does_not_fit(unchecked):
         (r"^letters only, no ellipsis: '\.\.\.i->i'", lambda: einsum("...i->i", a)),
         (r"^1 operands for 'ij,jk->ik'", lambda: einsum("ij,jk->ik", a)),
         (r"^a result of 'k' from 'ij'", lambda: einsum("ij->k", a)),
+        (r"^a result of 'X' from 'i,i'", lambda: einsum("i,i->X", a[0], a[0])),
         (r"^a result of 'ii' from 'ij'", lambda: einsum("ij->ii", a)),
         (r"^'ijk' for an operand of shape \(2, 3\)", lambda: einsum("ijk->i", a)),
         (r"^sizes 2 and 3 for 'i' in 'ii->i'", lambda: einsum("ii->i", a)),
