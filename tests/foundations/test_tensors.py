@@ -197,6 +197,8 @@ def test_einsum_keeps_the_type_and_sums_precisely(dtype):
 
 
 def test_einsum_of_whole_numbers_is_exact():
+    short = torch.tensor([2**25 + 1, 3], dtype=torch.int32)
+    assert einsum("i->i", short).tolist() == [2**25 + 1, 3]
     large = torch.tensor([2**40 + 1, 3])
     assert einsum("i,i->i", large, torch.tensor([1, 5])).tolist() == [2**40 + 1, 15]
 
