@@ -197,6 +197,8 @@ def test_einsum_keeps_the_type_and_sums_precisely(dtype):
 
 
 def test_einsum_of_whole_numbers_is_exact():
+    short = torch.tensor([2**25 + 1, 3], dtype=torch.int32)
+    assert einsum("i->i", short).tolist() == [2**25 + 1, 3]
     large = torch.tensor([2**40 + 1, 3])
     assert einsum("i,i->i", large, torch.tensor([1, 5])).tolist() == [2**40 + 1, 15]
 
@@ -259,6 +261,7 @@ def test_refuses_what_does_not_fit(unchecked):
         (r"^letters only, no ellipsis: '\.\.\.i->i'", lambda: einsum("...i->i", a)),
         (r"^1 operands for 'ij,jk->ik'", lambda: einsum("ij,jk->ik", a)),
         (r"^a result of 'k' from 'ij'", lambda: einsum("ij->k", a)),
+        (r"^a result of 'X' from 'i,i'", lambda: einsum("i,i->X", a[0], a[0])),
         (r"^a result of 'ii' from 'ij'", lambda: einsum("ij->ii", a)),
         (r"^'ijk' for an operand of shape \(2, 3\)", lambda: einsum("ijk->i", a)),
         (r"^sizes 2 and 3 for 'i' in 'ii->i'", lambda: einsum("ii->i", a)),
