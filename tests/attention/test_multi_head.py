@@ -228,7 +228,7 @@ def test_names_without_a_prefix_and_with_a_longer_one():
 
 @pytest.mark.parametrize("name", ["bias_k", "a.bias_v"])
 def test_refuses_a_learned_extra_key(name):
-    with pytest.raises(ValueError, match=f"^{name}: an extra learned key"):
+    with pytest.raises(ValueError, match=f"^{name}: an extra .* no place here$"):
         unpack_torch({name: torch.zeros(1)})
 
 
@@ -296,7 +296,7 @@ def test_refuses_a_mask_of_other_sizes_and_keeps_nothing(unchecked, shape):
 
 def test_refuses_a_mask_of_numbers_for_pairs(unchecked):
     mha, (x, memory) = layer(memory_size=M), tokens()
-    with pytest.raises(TypeError, match=r"mask of torch\.float32: needs booleans, True = attend"):
+    with pytest.raises(TypeError, match=r"mask of torch\.float32: needs booleans, True = attend$"):
         mha(x, memory, torch.zeros(B, 1, T, S))
 
 
@@ -310,7 +310,7 @@ def test_refuses_a_memory_that_is_not_wanted_or_missing():
 
 def test_refuses_other_batches(unchecked):
     mha, (x, memory) = layer(memory_size=M), tokens()
-    with pytest.raises(ValueError, match="2 sequences ask, 1 memories answer"):
+    with pytest.raises(ValueError, match=r"2 sequences ask, 1 memories answer$"):
         mha(x, memory[:1])
     cache = LayerCache()
     mha(x, memory, cache=cache)
