@@ -1,9 +1,9 @@
-"""Ours against its peers: `python -m bench [engine | modules]`.
+"""Ours against its peers: `python -m bench [engine | modules | models]`.
 
 All runs of one comparison are interleaved, and what is printed are ratios of medians: on a
 noisy machine seconds mean little. The engine builds generated sites, whose pages hold six prose
 and six code cells and one figure, and import torch, matplotlib and a small local package. The
-modules do the work of their counterparts in transformers or torch.
+modules and models do the work of their counterparts in transformers or torch.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .sites import make_site
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parts = {"engine": engine, "modules": modules}
+    parts = {"engine": engine, "modules": modules, "models": models}
     parser.add_argument("part", nargs="?", choices=parts, help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     arguments = parser.parse_args()
@@ -34,6 +34,17 @@ def modules(rounds: int) -> None:
     for name, factor in growth():
         bound = 2.05 if name == "flash" else None
         tell(f"growth of peak memory when the text doubles, {name}", factor, bound)
+
+
+def models(rounds: int) -> None:
+    from .models import pairs, share_of_floor, writing
+    from .modules import ratio
+
+    pair, floor = writing()
+    tell(f"{pair.name}, against {pair.peer}", ratio(pair, max(5, rounds)), pair.bound)
+    tell("of our time, reading the weights once a token", share_of_floor(pair, floor, 3))
+    for pair in pairs():
+        tell(f"{pair.name}, against {pair.peer}", ratio(pair, max(5, rounds)))
 
 
 def engine(rounds: int) -> None:
@@ -80,7 +91,7 @@ def interleaved_edits(ours: Path, bare: Path) -> float:
     return statistics.median(differences)
 
 
-def tell(what: str, value: float, bound: float | None) -> None:
+def tell(what: str, value: float, bound: float | None = None) -> None:
     verdict = "" if bound is None else f"  (at most {bound}: {'yes' if value <= bound else 'NO'})"
     print(f"{what}: {value:.3g}{verdict}", flush=True)
 
