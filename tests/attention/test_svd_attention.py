@@ -168,6 +168,19 @@ def decoder():
     return model
 
 
+def test_no_part_has_a_bias():
+    assert not [name for name in decoder().state_dict() if name.endswith("bias")]
+
+
+def test_embeddings_begin_with_rows_of_length_1():
+    torch.manual_seed(0)
+    model = OneLayerDecoder(
+        vocab_size=400, max_positions=300, hidden_size=256, num_heads=4, head_dim=5
+    )
+    for table in (model.embed_tokens, model.embed_positions):
+        assert_close(table.weight.norm(dim=1).mean(), torch.tensor(1.0), atol=0.02, rtol=0)
+
+
 def test_decoder_equals_torch():
     model = decoder()
     tokens = torch.randint(17, (2, 7))  # fewer than there are positions

@@ -270,6 +270,31 @@ def test_sampled_tokens_are_distributed_as_p(guess_from):
     assert stayed / n == pytest.approx(overlap, abs=0.02)
 
 
+def test_its_generator_decides():
+    p, q = torch.full((50,), 0.02), torch.zeros(50)
+    q[0] = 1.0
+
+    def drawn(seed):  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        return [accept_or_resample(0, p, q, generator) for _ in range(20)]
+
+    torch.manual_seed(1)
+    first = drawn(0)
+    torch.manual_seed(2)
+    assert drawn(0) == first != drawn(1)
+
+
+def test_the_block_gets_the_mask():
+    module, x, h = depth(), torch.randn(B, T, D), torch.randn(B, T, D)
+    allowed = torch.ones(B, 1, T, T, dtype=torch.bool).tril()
+    allowed[1, :, 3:, 1] = False
+    turned = rotation(T)
+    with torch.no_grad():
+        plain, masked = module(x, h, turned), module(x, h, turned, allowed)
+    assert_close(plain[0], masked[0])
+    assert (plain - masked)[1, 3:].abs().amax(-1).min() > 1e-4
+
+
 def test_a_guess_that_cannot_be_never_stays():
     p, q = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     for seed in range(20):

@@ -286,6 +286,14 @@ def test_yarns_attention_factor_is_the_papers():
     assert yarn_attention_factor(1) == 1.0
 
 
+def test_defaults_are_those_of_the_authors_code():
+    sizes = dict(head_dim=K, rope_theta=THETA, factor=4.0, original_max_position_embeddings=TRAINED)
+    assert torch.equal(yarn(**sizes), yarn(**sizes, beta_fast=32, beta_slow=1, truncate=True))
+    assert yarn_mscale(math.e) == pytest.approx(1.1)
+    # What makes nothing longer changes no score, mscale or not.
+    assert yarn_mscale(0.5) == yarn_mscale(1, 3.0) == 1.0
+
+
 def test_llama3_is_the_released_code():
     factor, low, high = 6.0, 1.0, 4.0
     expected = []
@@ -378,10 +386,19 @@ def test_refuses_keys_of_another_type():
         ("factor", 0.5), ("factor", "8"), ("factor", True), ("factor", math.inf),
         ("factor", math.nan), ("original_max_position_embeddings", 0), ("beta_fast", 0),
         ("beta_slow", -1), ("attention_factor", 0), ("truncate", 1), ("mscale", -1.0),
+        ("mscale_all_dim", "1"), ("beta_slow", 0),
     ],
 )  # fmt: skip
 def test_refuses_values(key, value):
     refused(f"{key}={value!r} doesn't fit", YARN | {key: value})
+
+
+@pytest.mark.parametrize("value", ["1.0", [0.0] * 4, [1.0, "1", 1.0, 1.0], [True] * 4, 1.0])
+def test_refuses_divisors(value):
+    scaling = {"rope_type": "longrope", "short_factor": value, "long_factor": [2.0] * (K // 2)}
+    refused(
+        f"short_factor={value!r} doesn't fit", scaling | {"original_max_position_embeddings": 9}
+    )
 
 
 def test_refuses_what_its_readers_disagree_on():
