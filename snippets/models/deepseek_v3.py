@@ -169,7 +169,11 @@ class DeepseekV3(DeepseekV2):
     ) -> tuple[Int[Tensor, "1 tn"], list[bool]]:
         """What the model writes alone, with fewer passes; and which guesses stayed.
 
-        The arguments are those of `snippets.moe.multi_token_prediction.generate_with_drafter`.
+        Args:
+            input_ids: one prompt.
+            max_new_tokens: how many tokens to write.
+            temperature: 0 takes the most probable token.
+            generator: the source of randomness.
 
         Raises:
             ValueError: no MTP layer, several prompts, an empty one, or no token to write.

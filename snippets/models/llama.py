@@ -145,8 +145,8 @@ class LlamaModel(nn.Module):
         x = self.embed_tokens(input_ids)  # b t d
         positions, mask = places(input_ids, attention_mask, 0 if cache is None else cache.length)
         rotation = self.rotation(positions, x.dtype)
-        for number in range(self.config.num_hidden_layers):
-            x = self.layers[number](x, rotation, mask, None if cache is None else cache[number])
+        for number, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            x = layer(x, rotation, mask, None if cache is None else cache[number])
         return self.norm(x)
 
     def rotation(
