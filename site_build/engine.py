@@ -301,7 +301,8 @@ class Engine:
         record = result["record"]
         packages = {d for name in record.pop("imports") for d in distributions().get(name, [])}
         outputs = [normalize(cell, str(self.root)) for cell in result["outputs"]]
-        proofs = sum("proof" in output for cell in outputs for output in cell)
+        records = [output.get("proof", {}) for cell in outputs for output in cell]
+        proofs = sum("oracle" in record or "mistake" in record for record in records)
         entry |= record | {
             "versions": {name: self.present.version(name) for name in sorted(packages)},
             "outputs": outputs,
@@ -344,8 +345,8 @@ class Engine:
         place = {stem: number for number, stem in enumerate(self.order)}
         ordered = sorted(pages, key=lambda page: (place.get(page.stem, len(place)), page.stem))
         site = Site(
-            self.root, ordered, self.suffixes, self.proofs(pages), list(shown), self.origin,
-            self.options.build, self.options.prepare,
+            self.root, ordered, self.suffixes, self.proofs(pages), self.studies(ordered),
+            list(shown), self.origin, self.options.build, self.options.prepare,
         )  # fmt: skip
         self.suffixes.clear()
         for page in pages:
@@ -387,10 +388,22 @@ class Engine:
             about = {"page": page.source, "module": module}
             if not (self.root / module).is_file():
                 about["module"] = None
-            for cell in self.entries.get(page.source, NOTHING)["outputs"]:
-                found = [output.get("proof", {}) for output in cell]
-                proofs += [about | proof for proof in found if "oracle" in proof]
+            proofs += [about | proof for proof in self.records(page) if "oracle" in proof]
         return proofs
+
+    def studies(self, pages: list[Page]) -> list[dict]:
+        """The models that pages counted, in the pages' order."""
+        return [
+            {"page": page.source} | record
+            for page in pages
+            for record in self.records(page)
+            if "study" in record
+        ]
+
+    def records(self, page: Page) -> list[dict]:
+        """What the page's cells kept for others: proofs, caught mistakes, models."""
+        cells = self.entries.get(page.source, NOTHING)["outputs"]
+        return [output["proof"] for cell in cells for output in cell if "proof" in output]
 
     def report(self, pages: list[Page], problems: list[str]) -> None:
         """build/report.json: what each page did, and all proofs."""

@@ -8,9 +8,13 @@ import urllib.parse
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .options import Options
 from .pages import Page
+
+if TYPE_CHECKING:
+    from .render import Site
 
 
 @dataclass(frozen=True)
@@ -143,18 +147,41 @@ def topics(page: Page, pages: list[Page], suffixes: dict[str, str]) -> str:
     return '<div class="grid cards" markdown="1">\n\n' + "\n".join(items) + "\n</div>"
 
 
-def studies(page: Page, topic: str, pages: list[Page], proofs: list[dict], suffixes: dict) -> str:
-    """A table of a topic's pages with their key points and what they were found equal to."""
-    rows = ["| Model | Year | Key points | Equal to |", "|---|---|---|---|"]
-    for other in pages:
-        if not other.stem.startswith(f"{topic}/") or "key_points" not in other.meta:
-            continue
-        found = [p for p in proofs if p["page"] == other.source]
-        worst = max((p["difference"] for p in found), default=0.0)
-        names = sorted({f"{p['oracle']} {p['version']}" for p in found})
-        points = "; ".join(html.escape(str(point)) for point in other.meta["key_points"])
-        rows.append(
-            f"| [{title(other)}]({to(page, other.stem, suffixes)}) | {other.meta.get('year', '')} "
-            f"| {points} | {', '.join(names)}{f', to {worst:.0e}' if found else ''} |"
-        )
-    return "\n".join(rows)
+def studies(page: Page, topic: str, site: "Site") -> str:
+    """A table of a topic's pages: what they counted of models, key points, what they equal.
+
+    A page that counted several models has a line for each, one that counted none has one too.
+    """
+    inside = [p for p in site.pages if p.stem.startswith(f"{topic}/") and "key_points" in p.meta]
+    sources = [other.source for other in inside]
+    counted = [study for study in site.studies if study["page"] in sources]
+    columns = list(dict.fromkeys(name for study in counted for name in study["facts"]))
+    heads = ["Model", "Year", *(name.capitalize() for name in columns), "Key points", "Equal to"]
+    rows = [heads, ["---"] * len(heads)]
+    for other in inside:
+        link = to(page, other.stem, site.suffixes)
+        found = [study for study in counted if study["page"] == other.source]
+        for number, study in enumerate(found or [{"study": title(other), "facts": {}}]):
+            said = [html.escape(study["facts"].get(name, "")) for name in columns]
+            last = [key_points(page, other, site), equal_to(other, site)]
+            shown = last if number == 0 else ["", ""]
+            year = str(other.meta.get("year", ""))
+            rows.append([f"[{html.escape(study['study'])}]({link})", year, *said, *shown])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def key_points(page: Page, other: Page, site: "Site") -> str:
+    """A page's key points; their links start from the folder of all pages."""
+    text = html.escape("; ".join(other.meta["key_points"]))
+
+    def link(match: re.Match) -> str:
+        return f"]({to(page, match['stem'], site.suffixes)})"
+
+    return re.sub(r"\]\((?P<stem>[^)\s]+)\.(md|ipynb)\)", link, text)
+
+
+def equal_to(other: Page, site: "Site") -> str:
+    found = [proof for proof in site.proofs if proof["page"] == other.source]
+    names = sorted({f"{proof['oracle']} {proof['version']}" for proof in found})
+    worst = max((proof["difference"] for proof in found), default=0.0)
+    return f"{', '.join(names)}, to {worst:.0e}" if found else ""

@@ -35,6 +35,7 @@ class Site:
     pages: list[Page]  # in the order of the navigation
     suffixes: dict[str, str]  # page without suffix: the one it is published with
     proofs: list[dict]
+    studies: list[dict]  # models that pages counted
     problems: list[str]  # shown at the head of their pages
     origin: facts.Origin
     build: str = "build"  # the folder of what is made, and the modules that make it
@@ -181,7 +182,7 @@ def render_show(what: str, page: Page, site: Site) -> str:
     if word == "topics":
         return facts.topics(page, site.pages, site.suffixes)
     if word == "studies":
-        return facts.studies(page, topic, site.pages, site.proofs, site.suffixes)
+        return facts.studies(page, topic, site)
     path = site.root / what
     if not path.is_file() or path.suffix != ".py":
         raise RenderError(0, f"show: there is no module {what}")

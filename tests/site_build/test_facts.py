@@ -1,5 +1,6 @@
 """What the build says on pages about pages."""
 
+import json
 import subprocess
 import urllib.parse
 
@@ -100,6 +101,37 @@ def test_cards_topics_and_studies_are_in_the_order_of_the_navigation(lesson):
     assert "| [B](../topic/b.md) | 2023 | new &lt;thing&gt; |" in index and index.count("| [") == 1
     assert "[**Topic**](topic/index.md)" in lesson.text("index.md")
     assert "[B](topic/b.md) · [A lesson](topic/a.md)" in lesson.text("index.md")
+
+
+def test_counted_models_have_a_line_each_and_links_in_key_points_lead_on(lesson):
+    record = """
+from IPython.display import display
+MIME = "application/vnd.forward-pass.proof+json"
+for name, layers in (("Small <1B>", "2"), ("Large", "80")):
+    facts = {"layers": layers, "width": "4"}
+    display({"text/plain": name, MIME: {"study": name, "facts": facts}}, raw=True)
+assert layers
+"""
+    meta = "title: Counted\nyear: 2024\nkey_points: ['[a value](topic/a.md) & more', second]"
+    lesson.page("models/m.md", record, meta=meta)
+    lesson.write("site_src/models/n.md", "---\ntitle: Bare\nkey_points: [none]\n---\n# Bare\n")
+    lesson.write(
+        "site_src/models/index.md", "---\ntitle: M\n---\n# M\n\n<!-- show: studies models -->\n"
+    )
+    lesson.write("site_src/index.md", "# Home\n\n<!-- show: studies models -->\n")
+    build(lesson)
+    text = lesson.text("models/index.md")
+    assert "| Model | Year | Layers | Width | Key points | Equal to |" in text
+    assert (
+        "[Small &lt;1B&gt;](../models/m.md) | 2024 | 2 | 4 | [a value](../topic/a.md) &amp; more; second |  |"
+        in text
+    )
+    assert "| [Large](../models/m.md) | 2024 | 80 | 4 |  |  |" in text
+    assert "| [Bare](../models/n.md) |  |  |  | none |  |" in text
+    assert "[a value](topic/a.md)" in lesson.text("index.md")
+    report = json.loads((lesson.root / "build/report.json").read_text())
+    (entry,) = [page for page in report["pages"] if page["source"] == "models/m.md"]
+    assert entry["assertions"] == 1  # to count a model proves nothing
 
 
 @pytest.mark.parametrize(

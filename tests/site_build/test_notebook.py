@@ -25,7 +25,7 @@ def read(project, stem: str = "a"):
 
 def prose(root, text: str, source: str = "a.md", **options) -> list[tuple]:
     """The cells of a page: kind, text, and for code whether it is folded."""
-    site = Site(root, [], {}, [], [], Origin(**options))
+    site = Site(root, [], {}, [], [], [], Origin(**options))
     return Prose(read_markdown(source, text), site).cells()
 
 

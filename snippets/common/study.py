@@ -1,0 +1,126 @@
+"""A model's line in the table of all models: what its config says, counted on the model itself.
+
+The build gathers the lines of all pages; nothing of them is typed.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from snippets.common.proof import show
+
+CONTEXT = 32768  # tokens in the cache
+
+
+def study(name: str, model: nn.Module) -> None:
+    """Add a full-size model to the table of models; prints one line.
+
+    Args:
+        name: of the checkpoint, "Mistral 7B".
+        model: on the meta device: shapes without memory.
+
+    Raises:
+        ValueError: the model holds memory, or its config lacks what the table shows.
+    """
+    if any(weight.device.type != "meta" for weight in model.parameters()):
+        raise ValueError(f"{name} isn't on the meta device")
+    facts = {
+        "layers": layers(model),
+        "width": first(model, "hidden_size", "n_embd"),
+        "heads": heads(model),
+        "positions": positions(model),
+        "norm": next(
+            type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Norm")
+        ),
+        "activation": first(model, "hidden_act", "hidden_activation", "activation_function"),
+        "experts": experts(model),
+        "window": window(model),
+        "parameters": parameters(model),
+        "cache a token": f"{cache_bytes(model) / 1024:.1f} KiB",
+    }
+    facts = {key: str(value) for key, value in facts.items()}
+    show(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}",
+         {"study": name, "facts": facts})  # fmt: skip
+
+
+def first(model: nn.Module, *names: str) -> Any:
+    """The config's value under the first of these names that it has."""
+    for name in names:
+        if (value := getattr(model.config, name, None)) is not None:
+            return value
+    raise ValueError(f"{type(model.config).__name__} has none of {', '.join(names)}")
+
+
+def layers(model: nn.Module) -> int:
+    return first(model, "num_hidden_layers", "n_layer")
+
+
+def heads(model: nn.Module) -> str:
+    """Query heads, and those of keys and values where they are fewer or one latent."""
+    config, h = model.config, first(model, "num_attention_heads", "n_head")
+    if rank := getattr(config, "kv_lora_rank", None):
+        return f"{h}, latent {rank} + {config.qk_rope_head_dim}"
+    g = getattr(config, "num_key_value_heads", None) or h
+    return f"{h} / {g}"
+
+
+def positions(model: nn.Module) -> str:
+    config = model.config
+    if hasattr(config, "n_positions"):
+        return "learned"
+    kind = (config.rope_scaling or {}).get("rope_type", "")
+    bases = f"{config.rope_theta:,.0f}"
+    if local := getattr(config, "rope_local_base_freq", None):
+        bases += f" and {local:,.0f}"
+    return f"RoPE {bases}{f', {kind}' if kind else ''}"
+
+
+def experts(model: nn.Module) -> str:
+    config = model.config
+    names = ("num_local_experts", "n_routed_experts", "num_experts")
+    count = next((n for name in names if (n := getattr(config, name, None))), None)
+    if not count:
+        return "none"
+    shared = getattr(config, "n_shared_experts", None)
+    return f"{config.num_experts_per_tok} of {count}{f', {shared} shared' if shared else ''}"
+
+
+def window(model: nn.Module) -> str:
+    """The window, and in how many layers."""
+    reach = getattr(model.config, "window", lambda number: None)
+    limited = [w for number in range(layers(model)) if (w := reach(number)) is not None]
+    if not limited:
+        return "none"
+    return f"{limited[0]:,} in {len(limited)} of {layers(model)} layers"
+
+
+def parameters(model: nn.Module) -> str:
+    """All of them, and those that one token touches; embedding and head are in both."""
+    named = list(model.named_parameters())
+    total, idle = sum(weight.numel() for _, weight in named), 0
+    for name, weight in named:
+        if ".experts." in name:  # a stack, one matrix for each expert
+            chosen = model.config.num_experts_per_tok
+            idle += weight.numel() // len(weight) * (len(weight) - chosen)
+    return billions(total) + (f", {billions(total - idle)} active" if idle else "")
+
+
+@torch.no_grad()
+def cache_bytes(model: nn.Module) -> float:
+    """Bytes a token in bfloat16 that the model's own cache keeps of a text of `CONTEXT` tokens."""
+    short = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    model = copy.deepcopy(model).bfloat16()
+    cache = model.new_cache()
+    model(input_ids=short, cache=cache)
+    # What follows can't depend on values, and attention over all of it isn't needed for a size.
+    for layer in cache.layers:
+        new = [kept[..., :1, :].expand(*kept.shape[:-2], CONTEXT - 1, -1) for kept in layer.store]
+        layer.append(*new)
+    assert cache.length == CONTEXT
+    return cache.nbytes / CONTEXT
+
+
+def billions(count: int) -> str:
+    return f"{count / 1e9:.3g}B" if count >= 999.5e6 else f"{count / 1e6:.0f}M"

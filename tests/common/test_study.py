@@ -1,0 +1,67 @@
+"""The table of models: what a line says of a config, counted by hand."""
+
+import pytest
+import torch
+
+from snippets.common.study import CONTEXT, cache_bytes, study
+from snippets.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from snippets.models.gemma3 import Gemma3, Gemma3Config
+from snippets.models.gpt2 import GPT2, GPT2Config
+from snippets.models.mixtral import Mixtral, MixtralConfig
+
+SIZES = dict(
+    vocab_size=100, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=6
+)
+
+
+def on_meta(kind, config):
+    with torch.device("meta"):
+        return kind(config)
+
+
+def test_a_line_says_what_the_config_says(capsys):
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, sliding_window=9, rope_theta=1e6)
+    model = on_meta(Mixtral, config)
+    study("Tiny", model)
+    attention = 24 * 24 * 2 + 24 * 8 * 2
+    shared = 2 * 100 * 24 + 24 + 4 * (attention + 2 * 24 + 8 * 24)
+    expert = 3 * 24 * 40
+    total, active = shared + 4 * 8 * expert, shared + 4 * 2 * expert
+    assert total == sum(w.numel() for w in model.parameters())
+    assert capsys.readouterr().out == (
+        "Tiny: layers 4, width 24, heads 6 / 2, positions RoPE 1,000,000, norm RMSNorm, "
+        "activation silu, experts 2 of 8, window 9 in 4 of 4 layers, "
+        f"parameters {total / 1e6:.0f}M, {active / 1e6:.0f}M active, cache a token 0.0 KiB\n"
+    )
+
+
+def test_the_cache_is_the_models_own():
+    window = on_meta(Mixtral, MixtralConfig(**SIZES, num_key_value_heads=2, sliding_window=9))
+    assert cache_bytes(window) == 2 * 4 * 2 * 2 * 4 * 8 / CONTEXT  # keys and values of 8 tokens
+    assert cache_bytes(on_meta(GPT2, GPT2Config(n_embd=24, n_layer=3, n_head=4))) == 2 * 2 * 3 * 24
+    latent = on_meta(DeepseekV3, DeepseekV3Config(**SIZES, n_routed_experts=16))
+    assert cache_bytes(latent) == 2 * 4 * (512 + 64)
+    assert cache_bytes(latent.bfloat16()) == 2 * 4 * (512 + 64)
+
+
+def test_other_families(capsys):
+    gemma = Gemma3Config(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=7,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )
+    study("Gemma", on_meta(Gemma3, gemma))
+    study("GPT", on_meta(GPT2, GPT2Config(n_embd=24, n_layer=3, n_head=4)))
+    study("V3", on_meta(DeepseekV3, DeepseekV3Config(**SIZES, n_routed_experts=16)))
+    lines = capsys.readouterr().out.splitlines()
+    assert "heads 8 / 4, positions RoPE 1,000,000 and 10,000, linear, norm UnitOff" in lines[0]
+    assert "activation gelu_pytorch_tanh, experts none, window 4,096 in 6 of 7 layers" in lines[0]
+    assert "layers 3, width 24, heads 4 / 4, positions learned, norm LayerNorm" in lines[1]
+    assert "activation gelu_new, experts none, window none" in lines[1]
+    assert "heads 6, latent 512 + 64" in lines[2] and "8 of 16, 1 shared" in lines[2]
+
+
+def test_a_model_that_holds_memory_is_refused():
+    with pytest.raises(ValueError, match="Tiny isn't on the meta device"):
+        study("Tiny", Mixtral(MixtralConfig(**SIZES, num_key_value_heads=2)))
