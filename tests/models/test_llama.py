@@ -290,6 +290,27 @@ def test_smollm2_writes_what_transformers_writes(real):
     assert "Paris" in tokenizer.decode(written[0, ids.shape[1] :])
 
 
+def test_a_chat_of_several_turns_is_transformers(real):
+    """Each answer becomes part of the next prompt, by the checkpoint's own template."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real)
+    theirs = LlamaForCausalLM.from_pretrained(real, dtype=torch.float32)
+    ours = Llama.from_pretrained(real, dtype=torch.float32)
+    chat, before = [{"role": "system", "content": "Answer with one word."}], ""
+    questions = ("What is the capital of France?", "And of Italy?", "Which is farther north?")
+    for question in questions:
+        chat.append({"role": "user", "content": question})
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert text.startswith(before) and text.count("<|im_start|>") == len(chat) + 1
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        written = generate(ours, ids, max_new_tokens=10, eos_token_id=tokenizer.eos_token_id)
+        assert torch.equal(written, theirs.generate(ids, max_new_tokens=10, do_sample=False))
+        answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        assert answer.strip()
+        chat.append({"role": "assistant", "content": answer})
+        before = text
+    assert "Paris" in chat[2]["content"] and "Rome" in chat[4]["content"]
+
+
 def test_a_folder_cut_short_is_refused(real, tmp_path):
     shutil.copytree(real, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "model.safetensors"
