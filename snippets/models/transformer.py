@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from snippets.attention.kv_cache import KVCache, LayerCache, places
 from snippets.attention.multi_head import MultiHeadAttention
-from snippets.layers.layer_norm import LayerNorm, post_norm
+from snippets.layers.layer_norm import LayerNorm
 from snippets.position.sinusoidal_and_learned import frequencies, sinusoids, token_positions
 
 
@@ -88,10 +88,8 @@ class EncoderLayer(FeedForward):
     def forward(
         self, x: Float[Tensor, "b s d"], mask: Int[Tensor, "b s"] | None = None
     ) -> Float[Tensor, "b s d"]:
-        def read(x):
-            return self.dropout(self.self_attn(x, attention_mask=mask))
-
-        return post_norm(post_norm(x, self.norm1, read), self.norm2, self.feed_forward)
+        x = self.norm1(x + self.dropout(self.self_attn(x, attention_mask=mask)))
+        return self.norm2(x + self.feed_forward(x))
 
 
 class DecoderLayer(FeedForward):
@@ -115,11 +113,10 @@ class DecoderLayer(FeedForward):
         memory_mask: Int[Tensor, "b s"] | None = None,
         caches: tuple[LayerCache, LayerCache] | tuple[None, None] = (None, None),
     ) -> Float[Tensor, "b t d"]:
-        def look_up(y):
-            return self.dropout(self.multihead_attn(y, memory, memory_mask, caches[1]))
-
-        y = self.look_back(x, mask, caches[0])
-        return post_norm(post_norm(y, self.norm2, look_up), self.norm3, self.feed_forward)
+        x = self.look_back(x, mask, caches[0])
+        found = self.multihead_attn(x, memory, memory_mask, caches[1])  # b t d
+        x = self.norm2(x + self.dropout(found))
+        return self.norm3(x + self.feed_forward(x))
 
     def look_back(
         self,
@@ -128,11 +125,8 @@ class DecoderLayer(FeedForward):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """The first sublayer, whose output asks the memory."""
-
-        def own(x):
-            return self.dropout(self.self_attn(x, attention_mask=mask, cache=cache))
-
-        return post_norm(x, self.norm1, own)
+        seen = self.self_attn(x, attention_mask=mask, cache=cache)  # b t d
+        return self.norm1(x + self.dropout(seen))
 
 
 def attention(config: TransformerConfig, **kind: bool | int) -> MultiHeadAttention:
@@ -262,8 +256,10 @@ class Transformer(nn.Module):
         self, ids: Int[Tensor, "b t"], positions: Int[Tensor, "*b t"]
     ) -> Float[Tensor, "b t d"]:
         """sqrt(d) E[ids] + sinusoids."""
-        omega = frequencies(hidden_size=self.config.hidden_size).to(ids.device)
         x = self.embedding(ids) * self.config.hidden_size**0.5
+        # In bfloat16 position 257 would be 256: computed in float32 at least, then rounded.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        omega = frequencies(hidden_size=self.config.hidden_size, dtype=wide).to(x.device)
         return self.dropout(x + sinusoids(positions, omega, x.dtype))
 
     def refuse_misfit(
