@@ -5,6 +5,7 @@ No two of b s t d h v and the network's width are equal.
 
 import math
 import re
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -497,6 +498,11 @@ def test_compiles_whole(unchecked, final_norms):
 def test_refuses_sizes_that_do_not_fit(unchecked, changes, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         TransformerConfig(**SIZES | changes)
+
+
+def test_a_config_stays_as_it_was_checked():
+    with pytest.raises(FrozenInstanceError):
+        TransformerConfig().hidden_size = 7
 
 
 def test_takes_the_smallest_sizes():
