@@ -243,7 +243,7 @@ class Transformer(nn.Module):
         Row t is the look of the step that predicts token t + 1.
         """
         memory = self.encode(input_ids, attention_mask)
-        self.refuse_misfit(decoder_input_ids, memory, attention_mask)
+        self.refuse_misfit(decoder_input_ids, memory)
         positions, mask = places(decoder_input_ids, decoder_attention_mask, 0)
         x, maps = self.embed(decoder_input_ids, positions), []
         for layer in self.decoder.layers:
@@ -266,13 +266,15 @@ class Transformer(nn.Module):
         self,
         decoder_input_ids: Int[Tensor, "b t"],
         memory: Float[Tensor, "b s d"],
-        attention_mask: Int[Tensor, "b s"] | None,
+        attention_mask: Int[Tensor, "b s"] | None = None,
         cache: KVCache | None = None,
     ) -> None:
         """Before anything is computed or kept, so that a cache stays whole."""
         (b, s, d), ids = memory.shape, tuple(decoder_input_ids.shape)
         if ids[0] != b or d != self.config.hidden_size:
-            raise ValueError(f"memory {(b, s, d)} for ids {ids}, {self.config.hidden_size=}")
+            raise ValueError(
+                f"memory {(b, s, d)} for ids {ids}, hidden_size={self.config.hidden_size}"
+            )
         if attention_mask is not None and attention_mask.shape != (b, s):
             raise ValueError(f"mask {tuple(attention_mask.shape)} for memory {(b, s, d)}")
         if cache is not None and cache.length:

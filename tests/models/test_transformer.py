@@ -486,17 +486,20 @@ def test_compiles_whole(unchecked, final_norms):
     "changes, said",
     [
         ({"hidden_size": 26}, "uneven: hidden_size=26, num_attention_heads=4"),
-        ({"hidden_size": 9, "num_attention_heads": 3}, "hidden_size=9, num_attention_heads=3"),
+        (
+            {"hidden_size": 9, "num_attention_heads": 3},
+            "uneven: hidden_size=9, num_attention_heads=3",
+        ),
         ({"vocab_size": 0}, "vocab_size=0 is below 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 is below 1"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 is below 1"),
         ({"intermediate_size": -1}, "intermediate_size=-1 is below 1"),
-        ({"dropout": 1.0}, "dropout=1.0 isn't"),
-        ({"dropout": -0.1}, "dropout=-0.1 isn't"),
+        ({"dropout": 1.0}, "dropout=1.0 isn't a share below 1"),
+        ({"dropout": -0.1}, "dropout=-0.1 isn't a share below 1"),
     ],
 )
 def test_refuses_sizes_that_do_not_fit(unchecked, changes, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match="^" + re.escape(said)):
         TransformerConfig(**SIZES | changes)
 
 
@@ -529,19 +532,31 @@ MISFITS = {
     ),
     "target mask": (
         lambda m, x: m.decode(TARGET, x, None, TARGET_MASK[:, 1:]),
-        "shape (2, 6), for 2 sequences of 0 cached and 7 new",
+        "attention_mask of shape (2, 6), for 2 sequences of 0 cached and 7 new",
     ),
-    "batch": (lambda m, x: m.decode(TARGET[:1], x), "memory (2, 9, 24) for ids (1, 7)"),
-    "width": (lambda m, x: m.decode(TARGET, x[..., :20]), "memory (2, 9, 20) for ids (2, 7)"),
-    "batches": (lambda m, x: m(SOURCE[:1], TARGET), "memory (1, 9, 24) for ids (2, 7)"),
-    "maps": (lambda m, x: m.alignments(SOURCE[:1], TARGET), "memory (1, 9, 24) for ids (2, 7)"),
+    "batch": (
+        lambda m, x: m.decode(TARGET[:1], x),
+        "memory (2, 9, 24) for ids (1, 7), hidden_size=24",
+    ),
+    "width": (
+        lambda m, x: m.decode(TARGET, x[..., :20]),
+        "memory (2, 9, 20) for ids (2, 7), hidden_size=24",
+    ),
+    "batches": (
+        lambda m, x: m(SOURCE[:1], TARGET),
+        "memory (1, 9, 24) for ids (2, 7), hidden_size=24",
+    ),
+    "maps": (
+        lambda m, x: m.alignments(SOURCE[:1], TARGET),
+        "memory (1, 9, 24) for ids (2, 7), hidden_size=24",
+    ),
 }
 
 
 @pytest.mark.parametrize("call, said", MISFITS.values(), ids=MISFITS)
 def test_refuses_what_does_not_fit(unchecked, call, said):
     model = ours()
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match="^" + re.escape(said)):
         call(model, model.encode(SOURCE))
 
 
@@ -558,9 +573,9 @@ def test_refuses_another_memory_than_the_cached_and_keeps_it_whole(unchecked, wr
     said = {
         "length": "cache of memory (2, 9), given memory (2, 8, 24)",
         "batch": "cache of memory (2, 9), given memory (1, 9, 24)",
-        "mask": "shape (2, 5), for 2 sequences of 3 cached and 4 new",
+        "mask": "attention_mask of shape (2, 5), for 2 sequences of 3 cached and 4 new",
     }
-    with pytest.raises(ValueError, match=re.escape(said[wrong])):
+    with pytest.raises(ValueError, match="^" + re.escape(said[wrong])):
         model.decode(*calls[wrong], cache=cache)
     assert [layer.length for layer in cache.layers] == [3, S] * L
     whole = model.decode(TARGET, memory)
@@ -568,11 +583,11 @@ def test_refuses_another_memory_than_the_cached_and_keeps_it_whole(unchecked, wr
 
 
 def test_refuses_to_write_nothing(unchecked):
-    with pytest.raises(ValueError, match="max_new_tokens=0 writes nothing"):
+    with pytest.raises(ValueError, match="^max_new_tokens=0 writes nothing$"):
         translate(ours(), SOURCE, start=1, end=2, max_new_tokens=0)
 
 
 @pytest.mark.parametrize("step, warmup", [(0, 5), (1, 0)])
 def test_refuses_steps_below_one(unchecked, step, warmup):
-    with pytest.raises(ValueError, match=f"step={step}, warmup_steps={warmup}"):
+    with pytest.raises(ValueError, match=f"^counted from 1: step={step}, warmup_steps={warmup}$"):
         warmup_rate(step, hidden_size=8, warmup_steps=warmup)
