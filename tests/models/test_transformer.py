@@ -583,7 +583,7 @@ def test_refuses_another_memory_than_the_cached_and_keeps_it_whole(unchecked, wr
 
 
 def test_refuses_to_write_nothing(unchecked):
-    with pytest.raises(ValueError, match="^max_new_tokens=0 writes nothing$"):
+    with pytest.raises(ValueError, match=r"^max_new_tokens=0 writes nothing$"):
         translate(ours(), SOURCE, start=1, end=2, max_new_tokens=0)
 
 
