@@ -44,11 +44,12 @@ def ours(**changes) -> Transformer:
 
 def pair(final_norms: bool = True, dtype=torch.float32) -> tuple[Transformer, nn.Transformer]:
     """torch's two stacks, all numbers drawn anew, and ours with the same weights."""
-    theirs = nn.Transformer(D, H, L, L, F, dropout=0.0, batch_first=True)
+    norms = {"layer_norm_eps": 1e-2}  # far from the default
+    theirs = nn.Transformer(D, H, L, L, F, dropout=0.0, batch_first=True, **norms)
     if not final_norms:
         theirs.encoder.norm = theirs.decoder.norm = None
     redrawn(theirs).to(dtype)
-    model = ours(attention_bias=True, final_norms=final_norms).to(dtype)
+    model = ours(attention_bias=True, final_norms=final_norms, **norms).to(dtype)
     stacks = unpack_torch(theirs.state_dict())
     model.load_state_dict(stacks | {"embedding.weight": model.embedding.weight})
     return model, theirs
