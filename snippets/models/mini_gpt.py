@@ -42,11 +42,11 @@ def random_batch(
     """Windows of a text that start anywhere, and the same moved on by one token: the targets.
 
     Raises:
-        ValueError: the text is too short for one window and the token behind it.
+        ValueError: the text is too short for a window and the token behind it, or the window empty.
     """
-    starts = len(tokens) - context  # a window needs context + 1 tokens
-    if starts < 1:
-        raise ValueError(f"{len(tokens)} tokens are too few for {context=} and a target")
+    starts = len(tokens) - context  # the last token is a target only
+    if starts < 1 or context < 1:
+        raise ValueError(f"{len(tokens)} tokens don't fit {context=} and a target")
     start = torch.randint(starts, (batch_size, 1), generator=generator)  # b 1
     at = start + torch.arange(context)  # b t
     return tokens[at], tokens[at + 1]
@@ -72,24 +72,18 @@ def text_loss(
     is shorter.
 
     Raises:
-        ValueError: no token to guess.
+        ValueError: no token to guess, or an empty window.
     """
     guessed = len(tokens) - 1
-    if guessed < 1:
-        raise ValueError(f"a text of {len(tokens)} tokens has nothing to guess")
-    inputs, targets = tokens[:-1], tokens[1:]
+    if guessed < 1 or context < 1:
+        raise ValueError(f"nothing to guess: {len(tokens)} tokens, {context=}")
     whole = guessed // context * context
-    batches = []
-    for x, y in zip(
-        inputs[:whole].view(-1, context).split(batch_size),  # b t
-        targets[:whole].view(-1, context).split(batch_size),
-        strict=True,
-    ):
-        batches.append((x, y))
-    batches.append((inputs[None, whole:], targets[None, whole:]))
+    inputs, targets = tokens[:-1], tokens[1:]
+    rows = (part[:whole].view(-1, context).split(batch_size) for part in (inputs, targets))
+    pairs = [*zip(*rows, strict=True), (inputs[None, whole:], targets[None, whole:])]
     total = 0.0
-    for x, y in batches:
-        if x.numel():  # a text that fits exactly has no rest, one too short no whole window
+    for x, y in pairs:  # b t
+        if x.numel():  # a text may be shorter than a window, or end with one
             total += next_token_loss(model, x, y).item() * x.numel()
     return total / guessed
 
@@ -127,7 +121,7 @@ class Plan:
     """
 
     steps: int
-    lr: float = 5e-3
+    lr: float = 4e-3
     warmup_steps: int = 100
     final: float = 0.1  # share of lr that the cosine ends at
     weight_decay: float = 0.1
@@ -198,7 +192,12 @@ def write(
 
     As the window moves on, each token gets a new position, so no key or value can be kept: it is
     computed again for each new token.
+
+    Raises:
+        ValueError: nothing to look back at.
     """
+    if context < 1 or tokens.shape[1] < 1:
+        raise ValueError(f"nothing to look back at: {context=}, {tokens.shape[1]} tokens")
     for _ in range(new):
         logits = model(input_ids=tokens[:, -context:])[:, -1]  # b v
         token = next_token(logits, temperature, generator=generator)
