@@ -1,5 +1,6 @@
 """Training against transformers' GPT-2 and torch.optim, step by step; the rest by brute force."""
 
+import dataclasses
 import math
 
 import pytest
@@ -122,6 +123,17 @@ def test_the_shortest_text_has_one_window():
     inputs, targets = random_batch(torch.arange(8), batch_size=3, context=7, generator=dice())
     assert torch.equal(inputs, torch.arange(7).expand(3, 7))
     assert torch.equal(targets, inputs + 1)
+
+
+def test_a_window_of_one_token():
+    inputs, targets = random_batch(text(9), batch_size=2, context=1, generator=dice())
+    assert inputs.shape == targets.shape == (2, 1)
+    ours, _ = pair()
+    with torch.no_grad():
+        expected = next_token_loss(ours, text(9)[:-1, None], text(9)[1:, None])
+    assert text_loss(ours, text(9), context=1) == pytest.approx(expected.item(), rel=1e-5)
+    last = write(ours, text(1)[None], new=3, context=1, temperature=0.0)[0]
+    assert torch.equal(last[1:], ours(last[:-1, None])[:, -1].argmax(-1))
 
 
 # Loss
@@ -278,6 +290,11 @@ def test_the_defaults_of_a_plan():
     )  # fmt: skip
 
 
+def test_a_plan_is_not_changed_on_the_way():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Plan(steps=101).lr = 1.0
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -322,7 +339,7 @@ def test_one_batch_is_learnt_by_heart():
 
 def test_it_writes_what_generate_writes_while_positions_last():
     ours, _ = pair()
-    start = text(6).view(2, 3)
+    start = text(60).view(20, 3)
     greedy = write(ours, start, new=5, context=T, temperature=0.0)
     assert torch.equal(greedy, generate(ours, start, max_new_tokens=5))
     drawn = write(ours, start, new=5, context=T, generator=dice())
