@@ -151,8 +151,8 @@ def train(
 ) -> tuple[list[float], list[list[Tensor]]]:
     """Train in place, on each batch once; all models alike but for the balance loss.
 
-    AdamW, gradients clipped to a norm of 1, a tenth of the steps for the rise to the learning
-    rate and a cosine down. The balance loss is the mean of the layers', divided by k.
+    AdamW, gradients clipped to a norm of 1; a tenth of the steps for the rise to the learning
+    rate and a cosine down, while the first beta goes from 0.95 to 0.85 and back. The balance loss is the mean of the layers', divided by k.
 
     Args:
         batches: each text's tokens, of which the last is only a target.
@@ -170,7 +170,7 @@ def train(
         raise ValueError(f"{balance=} for a model without experts")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, len(batches), pct_start=0.1, cycle_momentum=False
+        optimizer, learning_rate, len(batches), pct_start=0.1
     )
     losses, history = [], []
     for batch in batches:

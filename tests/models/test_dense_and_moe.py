@@ -275,13 +275,16 @@ def test_training_by_hand(balance):
     adam = torch.optim.AdamW(twin.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     by_hand = []
     for step, batch in enumerate(batches):
-        # Up from 1/25 in a tenth of the steps, then down to 1/250,000, both as cosines.
+        # Up from 1/25 in a tenth of the steps, then down to 1/250,000, both as cosines;
+        # the first beta the other way.
         if step <= 1:
+            beta = 0.95 - 0.1 * step
             rate = 0.01 * (1 / 25 + (1 - 1 / 25) * step)
         else:
             down = torch.tensor((step - 1) / 18 * torch.pi).cos().item()
+            beta = 0.95 - 0.1 * (1 + down) / 2
             rate = 4e-8 + (0.01 - 4e-8) * (1 + down) / 2
-        adam.param_groups[0]["lr"] = rate
+        adam.param_groups[0] |= {"lr": rate, "betas": (beta, 0.95)}
         logits, seen = with_routers(twin, batch[:, :-1])
         text = F.cross_entropy(logits.mT, batch[:, 1:])
         by_hand.append(text.item())
