@@ -152,7 +152,8 @@ def train(
     """Train in place, on each batch once; all models alike but for the balance loss.
 
     AdamW, gradients clipped to a norm of 1; a tenth of the steps for the rise to the learning
-    rate and a cosine down, while the first beta goes from 0.95 to 0.85 and back. The balance loss is the mean of the layers', divided by k.
+    rate and a cosine down, while the first beta goes from 0.95 to 0.85 and back. The balance
+    loss is the mean of the layers', divided by k.
 
     Args:
         batches: each text's tokens, of which the last is only a target.

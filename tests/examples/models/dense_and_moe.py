@@ -18,8 +18,5 @@ def calls(m):
     )
     models = [m.start(config, 3)]
     models += [m.start(m.dense_counterpart(config, equal), 3) for equal in m.COUNTS]
-
-    def wide(x):
-        return m.as_one_network(mixture.to(x.dtype), x)
-
-    return [(wide, torch.randn(9, 24)), *((model, ids) for model in models)]
+    wide = (m.as_one_network, mixture, torch.randn(9, 24))
+    return [wide, *((model, ids) for model in models)]
