@@ -94,7 +94,7 @@ def as_one_network(mixture: MixtureOfExperts, x: Float[Tensor, "n d"]) -> Float[
     weights, chosen = top_k_routing(
         mixture.gate(x), mixture.top_k, norm_topk_prob=mixture.norm_topk_prob
     )
-    shares = torch.zeros(len(x), len(mixture.gate.weight), dtype=weights.dtype, device=x.device)
+    shares = weights.new_zeros(len(x), len(mixture.gate.weight))
     shares = shares.scatter(1, chosen, weights)  # n e
     gate, up = experts.gate_proj.flatten(0, 1), experts.up_proj.flatten(0, 1)  # ef d
     features = experts.activation(F.linear(x, gate)) * F.linear(x, up)  # n ef
