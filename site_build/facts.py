@@ -177,7 +177,8 @@ def key_points(page: Page, other: Page, site: "Site") -> str:
     def link(match: re.Match) -> str:
         return f"]({to(page, match['stem'], site.suffixes)})"
 
-    return re.sub(r"\]\((?P<stem>[^)\s]+)\.(md|ipynb)\)", link, text)
+    linked = re.sub(r"\]\((?P<stem>[^)\s]+)\.(md|ipynb)\)", link, text)
+    return f'<span class="fp-points">{linked}</span>'
 
 
 def equal_to(other: Page, site: "Site") -> str:

@@ -98,7 +98,10 @@ def test_cards_topics_and_studies_are_in_the_order_of_the_navigation(lesson):
     index = lesson.text("topic/index.md")
     assert index.index("[**B**](../topic/b.md)") < index.index("[**A lesson**](../topic/a.md)")
     assert "What it is about" in index and "12 minutes" in index
-    assert "| [B](../topic/b.md) | 2023 | new &lt;thing&gt; |" in index and index.count("| [") == 1
+    assert (
+        '| [B](../topic/b.md) | 2023 | <span class="fp-points">new &lt;thing&gt;</span> |' in index
+        and index.count("| [") == 1
+    )
     assert "[**Topic**](topic/index.md)" in lesson.text("index.md")
     assert "[B](topic/b.md) · [A lesson](topic/a.md)" in lesson.text("index.md")
 
@@ -123,11 +126,11 @@ assert layers
     text = lesson.text("models/index.md")
     assert "| Model | Year | Layers | Width | Key points | Equal to |" in text
     assert (
-        "[Small &lt;1B&gt;](../models/m.md) | 2024 | 2 | 4 | [a value](../topic/a.md) &amp; more; second |  |"
+        '[Small &lt;1B&gt;](../models/m.md) | 2024 | 2 | 4 | <span class="fp-points">[a value](../topic/a.md) &amp; more; second</span> |  |'
         in text
     )
     assert "| [Large](../models/m.md) | 2024 | 80 | 4 |  |  |" in text
-    assert "| [Bare](../models/n.md) |  |  |  | none |  |" in text
+    assert '| [Bare](../models/n.md) |  |  |  | <span class="fp-points">none</span> |  |' in text
     assert "[a value](topic/a.md)" in lesson.text("index.md")
     report = json.loads((lesson.root / "build/report.json").read_text())
     (entry,) = [page for page in report["pages"] if page["source"] == "models/m.md"]
