@@ -5,6 +5,7 @@ products with a vector. Prefill and a training step are timed for each model of 
 sizes where the matrices dominate, and printed without a bound.
 """
 
+import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,7 @@ def writing() -> tuple[Pair, Run]:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
     ids = torch.randint(3, 49152, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     ends = {"eos_token_id": None, "pad_token_id": 0}  # both write all tokens
-    matrices = [w for n, w in ours.named_parameters() if w.ndim == 2]
+    matrices = [w for w in ours.parameters() if w.ndim == 2]
 
     @torch.no_grad()
     def floor() -> Tensor:
@@ -154,4 +155,4 @@ def share_of_floor(pair: Pair, floor: Run, rounds: int) -> float:
     for _ in range(rounds):
         least = seconds(floor, 1)
         shares.append(least / seconds(pair.ours, 1))
-    return sorted(shares)[len(shares) // 2]
+    return statistics.median(shares)

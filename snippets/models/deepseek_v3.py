@@ -159,6 +159,37 @@ class DeepseekV3(DeepseekV2):
         """One for each depth, from 1; none where the checkpoint holds none."""
         return list(self.model.layers[self.config.num_hidden_layers :])
 
+    def drafter(self) -> MTPLayer:
+        """The MTP layer that drafts, the first.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.mtp_layers:
+            raise ValueError("no MTP layer to draft with: num_nextn_predict_layers=0")
+        return self.mtp_layers[0]
+
+    def draft(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        hidden: Float[Tensor, "b t d"],
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "b t v"]:
+        """The first MTP layer's logits of the token after each of these.
+
+        Args:
+            input_ids: the token after each of the t.
+            hidden: of each of the t, from the model, behind its last norm.
+            cache: of the MTP layer; the t come behind those that it has seen.
+
+        Raises:
+            ValueError: there is no MTP layer.
+        """
+        layer, past = self.drafter(), 0 if cache is None else cache.length
+        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        rotation = self.model.rotation(positions, hidden.dtype)
+        return layer.shared_head["head"](layer(input_ids, hidden, rotation, None, cache))
+
     def generate_with_drafter(
         self,
         input_ids: Int[Tensor, "1 t"],
@@ -178,19 +209,11 @@ class DeepseekV3(DeepseekV2):
         Raises:
             ValueError: no MTP layer, several prompts, an empty one, or no token to write.
         """
-        if not self.mtp_layers:
-            raise ValueError("no MTP layer to draft with: num_nextn_predict_layers=0")
-        drafter = self.mtp_layers[0]
-
-        def draft(ids: Tensor, hidden: Tensor, cache: LayerCache) -> Tensor:
-            positions = torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)
-            rotation = self.model.rotation(positions, hidden.dtype)
-            return drafter.shared_head["head"](drafter(ids, hidden, rotation, None, cache))
-
+        self.drafter()  # refuses before anything is read
         return generate_with_drafter(
             lambda ids, cache: self.model(ids, cache=cache),
             self.head,
-            draft,
+            self.draft,
             self.new_cache(),
             input_ids,
             max_new_tokens=max_new_tokens,

@@ -10,7 +10,11 @@ from snippets.models.gpt2 import GPT2, GPT2Config
 from snippets.models.mixtral import Mixtral, MixtralConfig
 
 SIZES = dict(
-    vocab_size=100, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=6
+    vocab_size=100,
+    hidden_size=240,
+    intermediate_size=4000,
+    num_hidden_layers=4,
+    num_attention_heads=6,
 )
 
 
@@ -23,13 +27,13 @@ def test_a_line_says_what_the_config_says(capsys):
     config = MixtralConfig(**SIZES, num_key_value_heads=2, sliding_window=9, rope_theta=1e6)
     model = on_meta(Mixtral, config)
     study("Tiny", model)
-    attention = 24 * 24 * 2 + 24 * 8 * 2
-    shared = 2 * 100 * 24 + 24 + 4 * (attention + 2 * 24 + 8 * 24)
-    expert = 3 * 24 * 40
+    attention = 240 * 240 * 2 + 240 * 80 * 2
+    shared = 2 * 100 * 240 + 240 + 4 * (attention + 2 * 240 + 8 * 240)
+    expert = 3 * 240 * 4000
     total, active = shared + 4 * 8 * expert, shared + 4 * 2 * expert
     assert total == sum(w.numel() for w in model.parameters())
     assert capsys.readouterr().out == (
-        "Tiny: layers 4, width 24, heads 6 / 2, positions RoPE 1,000,000, norm RMSNorm, "
+        "Tiny: layers 4, width 240, heads 6 / 2, positions RoPE 1,000,000, norm RMSNorm, "
         "activation silu, experts 2 of 8, window 9 in 4 of 4 layers, "
         f"parameters {total / 1e6:.0f}M, {active / 1e6:.0f}M active, cache a token 0.0 KiB\n"
     )
@@ -37,7 +41,7 @@ def test_a_line_says_what_the_config_says(capsys):
 
 def test_the_cache_is_the_models_own():
     window = on_meta(Mixtral, MixtralConfig(**SIZES, num_key_value_heads=2, sliding_window=9))
-    assert cache_bytes(window) == 2 * 4 * 2 * 2 * 4 * 8 / CONTEXT  # keys and values of 8 tokens
+    assert cache_bytes(window) == 2 * 4 * 2 * 2 * 40 * 8 / CONTEXT  # keys and values of 8 tokens
     assert cache_bytes(on_meta(GPT2, GPT2Config(n_embd=24, n_layer=3, n_head=4))) == 2 * 2 * 3 * 24
     latent = on_meta(DeepseekV3, DeepseekV3Config(**SIZES, n_routed_experts=16))
     assert cache_bytes(latent) == 2 * 4 * (512 + 64)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
+from snippets.attention.kv_cache import LayerCache
 from snippets.common.checkpoint import CheckpointError
 from snippets.common.generate import generate
 from snippets.models.deepseek_v2 import DeepseekV2Layer
@@ -324,6 +326,24 @@ def test_the_mtp_layer_equals_the_module_of_its_lesson(folder):
     found = ours.mtp_layers[0](ids, hidden, rotation)
     assert_close(found, expected)
     assert torch.equal(ours.mtp_layers[0].shared_head["head"].weight, head)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[T - 1], [1] * (T - 1), [5, 2, T - 8]])
+def test_drafts_are_the_mtp_layers_own_also_through_a_cache(folder, chunks):
+    layer = mtp_tensors()  # with a head that isn't the model's
+    add(folder, layer)
+    ours, ids = DeepseekV3.from_pretrained(folder), prompt(V, B, T)
+    hidden, cache = ours.model(ids)[:, :-1], LayerCache()
+    rotation = ours.model.rotation(torch.arange(T - 1), torch.float32)
+    states = ours.mtp_layers[0](ids[:, 1:], hidden, rotation)
+    expected = F.linear(states, layer["model.layers.4.shared_head.head.weight"])
+    assert_close(ours.draft(ids[:, 1:], hidden), expected)
+    pieces = [
+        ours.draft(ids[:, 1:][:, part], hidden[:, part], cache)
+        for part in torch.arange(T - 1).split(chunks)
+    ]
+    assert_close(torch.cat(pieces, 1), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("t", [1, T])
