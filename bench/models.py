@@ -56,6 +56,7 @@ LATENT = SIZES | EXPERTS | {
 }  # fmt: skip
 del LATENT["head_dim"]
 GPT2_SIZES = {"vocab_size": V, "n_embd": D, "n_layer": 4, "n_head": 8, "n_positions": 512}
+GPT2_SIZES |= {"bos_token_id": None, "eos_token_id": None}  # else beyond V
 MODELS = {
     "gpt2": (GPT2, transformers.GPT2LMHeadModel, GPT2_SIZES),
     "llama": (Llama, transformers.LlamaForCausalLM, SIZES),
