@@ -14,7 +14,16 @@ NO_LINKS = re.compile(
     r"<math.*?</math>|<span(?![^>]*\sid=)[^>]*>|</span>|<script>.*?</script>", re.S
 )
 WITHIN = re.compile(r'\bhref="#([^"]+)"')
-CONFIG = "[AnchorCheck]\n[filtering]\ncheckextern=0\n[output]\nlog=csv\nstatus=0\n"
+CONFIG = """\
+[AnchorCheck]
+[checking]
+maxrequestspersecond=1000
+[filtering]
+checkextern=0
+[output]
+log=csv
+status=0
+"""  # the server is ours; see also its header in tests/browser.py
 
 
 def check(site: Path, folder: Path) -> list[str]:
