@@ -100,8 +100,8 @@ def int8_matmul(a: Int8[Tensor, "n d"], b: Int8[Tensor, "o d"]) -> Int[Tensor, "
     Raises:
         ValueError: rows of other lengths, or so long that int32 could overflow.
     """
-    if a.shape[-1] != b.shape[-1] or a.shape[-1] > LONGEST:
-        raise ValueError(f"rows of {a.shape[-1]} and {b.shape[-1]}, at most {LONGEST}")
+    if a.shape[1] != b.shape[1] or a.shape[1] > LONGEST:
+        raise ValueError(f"rows of {a.shape[1]} and {b.shape[1]}, at most {LONGEST}")
     return torch._int_mm(a, b.T)
 
 
@@ -115,7 +115,7 @@ def rescale(
 def outlier_columns(x: Float[Tensor, "n d"], threshold: float = 6.0) -> Bool[Tensor, " d"]:
     """The features that reach the threshold in any row; none if the threshold is 0."""
     if threshold == 0:
-        return torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+        return torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
     return (x.abs() >= threshold).any(0)
 
 

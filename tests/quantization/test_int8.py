@@ -81,7 +81,15 @@ def test_the_defaults_are_no_outliers_when_quantizing_and_six_for_columns():
     x[1] = torch.tensor([5.99, 6.0, -6.0, 6.01])
     assert outlier_columns(x).tolist() == [False, True, True, True]
     assert not outlier_columns(x, 0.0).any() and outlier_columns(x, 0.0).dtype == torch.bool
+    assert outlier_columns(torch.empty(2, 4, device="meta"), 0.0).device.type == "meta"
     assert vectorwise_quantize(x, 6.0)[1][1].item() == pytest.approx(5.99)
+
+
+def test_an_outlier_leaves_no_trace_in_its_rows_scale():
+    x = torch.tensor([[0.1, 0.4, 50.0], [0.2, -0.3, 0.0]])
+    q, absmax, _ = vectorwise_quantize(x, 6.0)
+    assert_close(absmax, torch.tensor([[0.4], [0.3]]))
+    assert q.tolist() == [[32, 127, 0], [85, -127, 0]]
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1])
