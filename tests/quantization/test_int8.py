@@ -353,7 +353,10 @@ def test_outlier_columns_pay_where_there_are_outliers_and_tie_where_there_are_no
 @pytest.mark.parametrize(
     "call, said",
     [
-        (lambda: blockwise_quantize(torch.ones(2, 9), 4), "^no whole blocks: block_size=4, rows of 9$"),
+        (
+            lambda: blockwise_quantize(torch.ones(2, 9), 4),
+            "^no whole blocks: block_size=4, rows of 9$",
+        ),
         (lambda: blockwise_quantize(torch.ones(2, 9), 0), "block_size=0, rows of 9"),
         (
             lambda: blockwise_dequantize(torch.ones(2, 9).to(torch.int8), torch.ones(2, 2)),
@@ -364,7 +367,7 @@ def test_outlier_columns_pay_where_there_are_outliers_and_tie_where_there_are_no
             "^rows of 3 and 4, at most 131071$",
         ),
         (
-            lambda: Int8Linear.from_linear(linear())(torch.ones(2, D + 1)),
+            lambda: Int8Linear.from_linear(linear())(torch.ones(2, 3, D + 1)),
             "^input of 41 features, the layer has 40$",
         ),
         (
