@@ -38,15 +38,13 @@ def attend_in_groups(
     a group the mask decides (True = attend); without a mask it is causal.
     """
     b = q.shape[0]
-
-    def fold(x: Tensor) -> Tensor:
-        return x.unflatten(2, (-1, group_size)).transpose(1, 2).flatten(0, 1)  # bn _ w k
-
+    q, k, v = (x.unflatten(2, (-1, group_size)).transpose(1, 2) for x in (q, k, v))  # b n _ w k
     if mask is not None:
         blocks = mask.unflatten(3, (-1, group_size)).unflatten(2, (-1, group_size))
         blocks = blocks.diagonal(dim1=2, dim2=4).movedim(-1, 1)  # b n 1 w w
         mask = blocks.expand(b, -1, -1, -1, -1).flatten(0, 1)  # bn 1 w w
-    y = fused_grouped_attention(fold(q), fold(k), fold(v), mask, scale=scale)
+    folded = (x.flatten(0, 1) for x in (q, k, v))  # bn _ w k
+    y = fused_grouped_attention(*folded, mask, scale=scale)
     return y.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3)
 
 
@@ -82,17 +80,21 @@ def shifted_sparse_attention(
         k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
     (q, q_shifted), (k, k_shifted), (v, v_shifted) = (x.chunk(2, dim=1) for x in (q, k, v))
 
-    def shifted(first: int, last: int, size: int) -> Tensor:
-        part = slice(first, last)
-        inputs = (x[:, :, part] for x in (q_shifted, k_shifted, v_shifted))
-        allowed = None if mask is None else mask[:, :, part, part]
-        return attend_in_groups(*inputs, allowed, group_size=size, scale=scale)
-
-    pieces = [shifted(0, half, half), shifted(t - half, t, half)]
-    if t > group_size:
-        pieces.insert(1, shifted(half, t - half, group_size))
+    # Half a group, whole groups (none if there is only one), half a group.
+    spans = ((0, half, half), (half, t - half, group_size), (t - half, t, half))
+    pieces = [
+        attend_in_groups(
+            *(x[:, :, first:last] for x in (q_shifted, k_shifted, v_shifted)),
+            None if mask is None else mask[:, :, first:last, first:last],
+            group_size=size,
+            scale=scale,
+        )
+        for first, last, size in spans
+        if first < last
+    ]
+    y_shifted = torch.cat(pieces, dim=2)
     y = attend_in_groups(q, k, v, mask, group_size=group_size, scale=scale)
-    return torch.cat((y, torch.cat(pieces, dim=2)), dim=1)
+    return torch.cat((y, y_shifted), dim=1)
 
 
 class ShiftedSparseAttention(GroupedQueryAttention):
@@ -144,9 +146,7 @@ class ShiftedSparseAttention(GroupedQueryAttention):
     ) -> Float[Tensor, "b h t k"]:
         if not self.training:
             return super().attend(q, k, v, mask)
-        return shifted_sparse_attention(
-            q, k, v, mask, group_size=self.group_size, scale=self.scale
-        )
+        return shifted_sparse_attention(q, k, v, mask, group_size=self.group_size, scale=self.scale)
 
 
 def train_norms_and_embeddings(model: nn.Module) -> list[str]:

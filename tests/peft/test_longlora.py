@@ -23,7 +23,7 @@ from snippets.peft.longlora import (
     shifted_sparse_attention,
     train_norms_and_embeddings,
 )
-from snippets.position.rope import inverse_frequencies, rope_table
+from snippets.position.rope import inverse_frequencies, rope_table, rotate
 
 B, T, D, H, G, K, W = 2, 24, 22, 12, 4, 5, 6
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -161,9 +161,7 @@ def test_a_rolled_text_leaks_and_ours_differs_only_there():
 @pytest.mark.parametrize("options", [{}, {"bias": True, "scale": 0.3}])
 def test_the_layer_trains_sparse_and_reads_in_full(g, options):
     ours, x = layer(num_kv_heads=g, **options), torch.randn(B, T, D)
-    full = GroupedQueryAttention(
-        hidden_size=D, num_heads=H, num_kv_heads=g, head_dim=K, **options
-    )
+    full = GroupedQueryAttention(hidden_size=D, num_heads=H, num_kv_heads=g, head_dim=K, **options)
     full.load_state_dict(ours.state_dict())  # strict
     assert ours.training
     q, k, v = (ours.split(p(x)) for p in (ours.q_proj, ours.k_proj, ours.v_proj))
@@ -174,21 +172,16 @@ def test_the_layer_trains_sparse_and_reads_in_full(g, options):
 
 
 def test_rotates_and_norms_as_the_full_layer():
-    norms = {name: RMSNorm(hidden_size=K) for name in ("q_norm", "k_norm")}
+    norms = {name: RMSNorm(hidden_size=6) for name in ("q_norm", "k_norm")}
     for norm in norms.values():
         nn.init.normal_(norm.weight)
-    whole, x = layer(group_size=2 * T, **norms), torch.randn(B, 2 * T, D)
-    tables = rope_table(inverse_frequencies(head_dim=K + 1), torch.arange(2 * T))
-    tables = tuple(table[:, : K // 2] for table in tables)
-    if K % 2:  # an even width for the rotation
-        whole, tables = (
-            layer(group_size=2 * T, head_dim=6),
-            rope_table(inverse_frequencies(head_dim=6), torch.arange(2 * T)),
-        )
-    trained = whole(x, tables)
-    full = whole.eval()(x, tables)
-    assert (trained - whole.train()(x)).abs().max() > 1e-3
-    assert (trained[:, :T] - full[:, :T]).abs().max() < 1e-5  # before the border all is one group
+    ours, x = layer(head_dim=6, **norms), torch.randn(B, T, D)
+    tables = rope_table(inverse_frequencies(head_dim=6), torch.arange(T))
+    q, k, v = (ours.split(p(x)) for p in (ours.q_proj, ours.k_proj, ours.v_proj))
+    q, k = (rotate(norms[name](x), *tables) for name, x in (("q_norm", q), ("k_norm", k)))
+    y = dense(q, k, v, everywhere(pairs(H, T, W)), 6**-0.5)
+    assert_close(ours(x, tables), ours.o_proj(y.transpose(1, 2).flatten(2)))
+    assert (ours(x, tables) - ours(x)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("form", [torch.long, torch.bool])
@@ -233,7 +226,7 @@ def test_works_in_half_precision(dtype):
     assert_close(ours.double(), exact, rtol=0, atol=2e-2)
 
 
-def test_trains_under_compile():
+def test_trains_under_compile(unchecked):
     ours, x = layer(), torch.randn(B, T, D)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x), ours(x))
