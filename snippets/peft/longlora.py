@@ -104,7 +104,7 @@ class ShiftedSparseAttention(GroupedQueryAttention):
 
     Args:
         num_heads: query heads; the second half of them is shifted.
-        group_size: tokens of a group; a quarter of the training length in the paper.
+        group_size: tokens of a group; a quarter of the text in the released code.
         **sizes: as in `GroupedQueryAttention`.
 
     Raises:
@@ -152,7 +152,7 @@ class ShiftedSparseAttention(GroupedQueryAttention):
 def train_norms_and_embeddings(model: nn.Module) -> list[str]:
     """Make the parameters of norms and embeddings trainable, and list them.
 
-    The paper calls adapters together with these LoRA+. Norms are the modules whose class
+    With adapters, the authors call this LoRA+. Norms are the modules whose class
     has "norm" in its name, whatever the model calls them; an output layer is trained when
     it shares the embedding's matrix. All other parameters stay as they are.
 
