@@ -113,7 +113,7 @@ def gptq(
     Raises:
         ValueError: sizes that don't fit.
     """
-    n, d = weight.shape
+    d = weight.shape[1]
     if hessian.shape != (d, d):
         raise ValueError(f"a Hessian of shape {tuple(hessian.shape)} for {d} input columns")
     if block_size < 1 or damping < 0:
@@ -163,9 +163,7 @@ class GPTQLinear(nn.Module):
         ValueError: a bias of another size, or rows of codes that aren't whole bytes.
     """
 
-    def __init__(
-        self, quantized: Quantized, *, bits: int, bias: Float[Tensor, " n"] | None = None
-    ):
+    def __init__(self, quantized: Quantized, *, bits: int, bias: Float[Tensor, " n"] | None = None):
         super().__init__()
         codes, step, zero, groups = quantized
         if bias is not None and bias.shape != codes.shape[:1]:
