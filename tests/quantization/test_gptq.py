@@ -337,6 +337,13 @@ def test_the_layer_in_bfloat16():
     assert other(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("options", [{}, {"act_order": True}], ids=str)
+def test_nothing_is_on_a_device_of_its_own(options):
+    w, x = layer(dtype=torch.float32).to("meta"), inputs(dtype=torch.float32).to("meta")
+    for found in (gptq(w, hessian(x), bits=4, group_size=8, **options), rtn(w, bits=4)):
+        assert GPTQLinear(found, bits=4)(x).device == found.groups.device == w.device
+
+
 def test_compiles_whole(unchecked):
     w, x = layer(dtype=torch.float32), inputs(dtype=torch.float32)
     linear = GPTQLinear(gptq(w, hessian(x), bits=4, group_size=8, act_order=True), bits=4)
