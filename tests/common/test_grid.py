@@ -16,6 +16,7 @@ from snippets.common.grid import (
     to_codes,
     unpack,
 )
+from snippets.common.memory import peak_bytes
 
 N, D = 5, 24
 ALL_BITS = (2, 3, 4, 5, 8)
@@ -163,6 +164,21 @@ def test_every_pair_of_nibbles_returns():
     packed = pack(codes, bits=4)
     assert packed[:, 0].tolist() == [low + 16 * high for low, high in codes.tolist()]
     assert torch.equal(unpack(packed, bits=4), codes)
+
+
+def test_packing_holds_a_byte_for_each_bit_at_most():
+    codes = torch.randint(16, (100, 64), dtype=torch.uint8)
+    packed = pack(codes, bits=4)
+    # The bits, those shifted, and what is small beside them.
+    assert peak_bytes(lambda: pack(codes, bits=4)) < 2.5 * codes.numel() * 4
+    assert peak_bytes(lambda: unpack(packed, bits=4)) < 2.5 * codes.numel() * 4
+
+
+def test_nothing_is_on_a_device_of_its_own():
+    w = weights().to("meta")
+    step, zero = fit_grid(w, bits=4, group_size=8)
+    codes = unpack(pack(to_codes(w, step, zero, bits=4), bits=4), bits=4)
+    assert from_codes(codes, step, zero).device == w.device
 
 
 @pytest.mark.parametrize("bits", [1, 9])

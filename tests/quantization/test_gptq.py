@@ -202,6 +202,12 @@ def test_static_groups_are_neighbours_and_others_follow_the_order():
     assert torch.equal(static.step, rtn(w, bits=3, group_size=8).step)
 
 
+def test_columns_of_the_same_size_keep_their_order():
+    w, h = layer(2, 48), torch.eye(48, dtype=torch.float64)
+    found = gptq(w, h, bits=3, group_size=6, act_order=True)
+    assert found.groups.tolist() == [j // 6 for j in range(48)]
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 def test_a_dead_column_is_rounded_and_leaves_the_others_alone(damping):
     w, x = layer(), inputs()
@@ -335,6 +341,13 @@ def test_the_layer_in_bfloat16():
     # Steps of another precision than the inputs.
     other = GPTQLinear(gptq(w, hessian(x), bits=4), bits=4)
     assert other(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True}], ids=str)
+def test_nothing_is_on_a_device_of_its_own(options):
+    w, x = layer(dtype=torch.float32).to("meta"), inputs(dtype=torch.float32).to("meta")
+    for found in (gptq(w, hessian(x), bits=4, group_size=8, **options), rtn(w, bits=4)):
+        assert GPTQLinear(found, bits=4)(x).device == found.groups.device == w.device
 
 
 def test_compiles_whole(unchecked):
