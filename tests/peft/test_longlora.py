@@ -209,7 +209,7 @@ def test_reads_through_a_cache_in_evaluation_only():
         for part in torch.arange(T + 1).split([5, 1, T - 5]):
             parts.append(ours(x[:, part], cache=cache))
         assert_close(torch.cat(parts, 1), ours(x))
-    with pytest.raises(ValueError, match=f"^a cache, of {T + 1} tokens, while training"):
+    with pytest.raises(ValueError, match=rf"^a cache, of {T + 1} tokens, while training"):
         ours.train()(x[:, :1], cache=cache)
     empty = LayerCache()
     with pytest.raises(ValueError, match="of 0 tokens"):
@@ -352,5 +352,5 @@ def test_only_a_norms_own_parameters():
 
 
 def test_refuses_a_model_without():
-    with pytest.raises(ValueError, match="^no norm or embedding with parameters in Linear"):
+    with pytest.raises(ValueError, match=r"^no norm or embedding with parameters in Linear"):
         train_norms_and_embeddings(nn.Linear(2, 3))
