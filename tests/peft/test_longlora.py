@@ -85,14 +85,14 @@ def test_equals_brute_force_and_so_do_the_gradients(h, g, t, w, scale):
     )
 
 
-@pytest.mark.parametrize("g", [4, 3])
+@pytest.mark.parametrize("g, w", [(4, W), (3, W), (4, T)])
 @pytest.mark.parametrize("batch", [1, B])
-def test_equals_torch_and_brute_force_with_any_mask(g, batch):
+def test_equals_torch_and_brute_force_with_any_mask(g, w, batch):
     q, k, v = (x.detach() for x in heads(g=g))
     mask = torch.rand(batch, 1, T, T) < 0.6
     mask[:, :, 7] = False  # may attend to nothing
-    apart = everywhere(pairs(H, T, W) | pairs(H, T, W).mT) & mask
-    ours = shifted_sparse_attention(q, k, v, mask, group_size=W)
+    apart = everywhere(pairs(H, T, w) | pairs(H, T, w).mT) & mask
+    ours = shifted_sparse_attention(q, k, v, mask, group_size=w)
     assert_close(ours, dense(q, k, v, apart), **EXACT)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=apart, enable_gqa=True)
     assert_close(ours, theirs, **EXACT)
@@ -209,7 +209,7 @@ def test_reads_through_a_cache_in_evaluation_only():
         for part in torch.arange(T + 1).split([5, 1, T - 5]):
             parts.append(ours(x[:, part], cache=cache))
         assert_close(torch.cat(parts, 1), ours(x))
-    with pytest.raises(ValueError, match=f"a cache, of {T + 1} tokens, while training"):
+    with pytest.raises(ValueError, match=rf"^a cache, of {T + 1} tokens, while training"):
         ours.train()(x[:, :1], cache=cache)
     empty = LayerCache()
     with pytest.raises(ValueError, match="of 0 tokens"):
@@ -253,16 +253,17 @@ def test_refuses_what_has_no_halves(sizes, said):
     "t, s, h, w, said",
     [
         (T, T, H, 10, "not whole groups: t=24 queries, s=24 keys, group_size=10"),
-        (T, T, H, 48, "t=24 queries, s=24 keys, group_size=48"),
-        (1, T, H, W, "t=1 queries, s=24 keys, group_size=6"),
-        (W, T, H, W, "t=6 queries, s=24 keys, group_size=6"),
+        (T, T, H, 48, "not whole groups: t=24 queries, s=24 keys, group_size=48"),
+        (1, T, H, W, "not whole groups: t=1 queries, s=24 keys, group_size=6"),
+        (W, T, H, W, "not whole groups: t=6 queries, s=24 keys, group_size=6"),
+        (T, W, H, W, "not whole groups: t=24 queries, s=6 keys, group_size=6"),
         (T, T, 3, W, "can't be halved: num_heads=3, group_size=6"),
         (T, T, H, 3, "can't be halved: num_heads=12, group_size=3"),
     ],
 )
 def test_refuses_tokens_that_are_no_groups(unchecked, t, s, h, w, said):
     q, k = torch.randn(B, h, t, K), torch.randn(B, 1, s, K)
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match="^" + re.escape(said)):
         shifted_sparse_attention(q, k, k, group_size=w)
 
 
@@ -351,5 +352,5 @@ def test_only_a_norms_own_parameters():
 
 
 def test_refuses_a_model_without():
-    with pytest.raises(ValueError, match="no norm or embedding with parameters in Linear"):
+    with pytest.raises(ValueError, match=r"^no norm or embedding with parameters in Linear"):
         train_norms_and_embeddings(nn.Linear(2, 3))
