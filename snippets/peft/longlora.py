@@ -9,6 +9,8 @@ Axes: b batch, t token, h query head, g key-value head, n group, w token within 
 k head dim.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -111,7 +113,7 @@ class ShiftedSparseAttention(GroupedQueryAttention):
         ValueError: heads or groups that can't be halved.
     """
 
-    def __init__(self, *, num_heads: int, group_size: int, **sizes):
+    def __init__(self, *, num_heads: int, group_size: int, **sizes: Any):
         super().__init__(num_heads=num_heads, **sizes)
         refuse_odd(num_heads, group_size)
         self.group_size = group_size
