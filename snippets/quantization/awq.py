@@ -210,8 +210,9 @@ class AWQLinear(nn.Module):
         step, zero = fit_grid(weight, bits=bits, group_size=group_size)
         # The step as it will be stored, so that the codes are the nearest for that one.
         step = step.to(weight.dtype)
+        codes = to_codes(weight.to(at_least_float32(weight)), step, zero, bits=bits)
         self.bits = bits
-        self.register_buffer("packed", pack(to_codes(weight, step, zero, bits=bits), bits=bits))
+        self.register_buffer("packed", pack(codes, bits=bits))
         self.register_buffer("step", step)
         self.register_buffer("zero", zero)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
@@ -221,7 +222,7 @@ class AWQLinear(nn.Module):
         return from_codes(unpack(self.packed, bits=self.bits), self.step, self.zero)
 
     def forward(self, x: Float[Tensor, "*t d"]) -> Float[Tensor, "*t n"]:
-        return F.linear(x, self.weight().to(x.dtype), self.bias)
+        return F.linear(x, self.weight(), self.bias)
 
 
 def record_inputs(layer: LlamaLayer, *inputs: Any) -> dict[str, Tensor]:
@@ -287,9 +288,7 @@ def quantize_layer(
     scales = {}
     for place, (_, module, names, others) in places.items():
         weights = [f"{name}.weight" for name in names] or ["weight"]
-        scales[place], _ = search_scales(
-            module, weights, seen[place], *others, steps=steps, **grid
-        )
+        scales[place], _ = search_scales(module, weights, seen[place], *others, steps=steps, **grid)
     for place, (before, module, names, _) in places.items():
         if names:
             fold_into_norm(before, [getattr(module, name) for name in names], scales[place])
