@@ -93,7 +93,7 @@ def search_scales(
         errors.append((y - target).to(s.dtype).square().mean())
     losses = torch.stack(errors)
     # The first of equal errors: where nothing is to be gained, nothing is scaled.
-    return torch.stack(tried).index_select(0, losses.argmin(0, keepdim=True))[0], losses
+    return torch.stack(tried).index_select(0, losses.argmin())[0], losses
 
 
 @torch.no_grad()
