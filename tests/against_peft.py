@@ -1,4 +1,4 @@
-"""What every adapter has to do like peft's: forward, gradients, a step, merging, what is trained."""
+"""What every adapter has to do like peft's: outputs, gradients, steps, merging, what is trained."""
 
 import copy
 import warnings

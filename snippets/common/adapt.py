@@ -202,6 +202,13 @@ def dense_weight(layer: nn.Module) -> Float[Tensor, "o i"]:
     return weight
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's first parameter or buffer is; of one without any, the default device."""
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        return tensor.device
+    return torch.get_default_device()
+
+
 # Which layers
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from snippets.common.adapt import Adapter, dense_weight
+from snippets.common.adapt import Adapter, dense_weight, device_of
 
 
 class LoRA(Adapter):
@@ -92,10 +92,3 @@ class LoRA(Adapter):
         self.lora_B.weight.copy_(u[:, : self.r] * root)
         linear.weight.copy_(linear.weight.float() - self.delta_weight().float())
         self.pissa = True
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer's first parameter or buffer is; of one without any, the default device."""
-    for tensor in (*layer.parameters(), *layer.buffers()):
-        return tensor.device
-    return torch.get_default_device()

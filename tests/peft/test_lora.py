@@ -10,8 +10,8 @@ from peft import LoraConfig
 from torch import nn
 from torch.testing import assert_close
 
-from snippets.common.adapt import adapt, adapters, merge, switch
-from snippets.peft.lora import LoRA, device_of
+from snippets.common.adapt import adapt, adapters, device_of, merge, switch
+from snippets.peft.lora import LoRA
 from tests.against_peft import TARGETS, B, D, Stack, T, pair, peft_model, same_as_peft, trained
 
 KINDS = {
@@ -147,7 +147,7 @@ def test_alpha_over_r_keeps_the_size_of_the_change():
 
 def test_several_adapters_equal_peft_and_switch():
     kinds = {"default": {"r": 4, "lora_alpha": 10}, "second": {"r": 3, "lora_alpha": 7}}
-    base, ours, theirs = pair(partial(LoRA, **kinds["default"]), config(**kinds["default"]))
+    _, ours, theirs = pair(partial(LoRA, **kinds["default"]), config(**kinds["default"]))
     theirs.add_adapter("second", config(**kinds["second"], bias="none"))
     adapt(ours, TARGETS, partial(LoRA, **kinds["second"], name="second"))
     with torch.no_grad():
@@ -213,6 +213,7 @@ def test_all_in_bfloat16():
 
 
 def test_compiles_whole(unchecked):
+    torch.compiler.reset()
     kind = KINDS["LoRA"]
     _, ours, _ = pair(partial(LoRA, **kind), config(**kind))
     x = torch.randn(B, T, D)
