@@ -89,6 +89,7 @@ class Adapter(Switched):
         self.out_features: int = base_layer.out_features
         self.unmerged: Tensor | None = None  # W as it was, while the change is merged into it
         self.version = 0
+        self.trained_bias = "none"  # what `adapt` was told
 
     def delta_weight(self) -> Float[Tensor, "o i"]:
         """What the method adds to W, in the dtype of its parameters."""
@@ -228,6 +229,13 @@ def matches(path: str, patterns: Patterns) -> bool:
     return any(path == end or path.endswith(f".{end}") for end in patterns)
 
 
+def exact_patterns(model: nn.Module, paths: Collection[str]) -> str | list[str]:
+    """`target_modules` that match these paths of a model and no others."""
+    if {path for path, _ in slots(model) if matches(path, paths)} == set(paths):
+        return list(paths)
+    return "|".join(path.replace(".", r"\.") for path in paths)
+
+
 def pattern_value(patterns: Mapping[str, int | float], path: str, default: int | float):
     """peft's `rank_pattern` and `alpha_pattern`: the first that matches the path's end."""
     for pattern, value in patterns.items():
@@ -264,8 +272,11 @@ def linear_layers(
         layers_pattern: name of the list whose numbers these are; else any list's.
 
     Raises:
-        ValueError: a pattern matches nothing, or what isn't linear.
+        ValueError: a pattern matches nothing, or what isn't linear; numbers of layers with a
+            regular expression.
     """
+    if layers_to_transform is not None and isinstance(target_modules, str):
+        raise ValueError(f"{layers_to_transform=} with the expression {target_modules!r}")
     modules = dict(slots(model))
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         paths = [path for path, module in modules.items() if is_linear(module)]
@@ -353,9 +364,10 @@ def install(
     if both := sorted(whole.keys() & layers.keys()):
         raise ValueError(f"{', '.join(both)}: adapted and trained whole at once")
     for path, module in whole.items():
-        put(model, path, Retrained(module, name=name))
+        put(model, path, Retrained(module, name=name).train(model.training))
     for path, layer in layers.items():
-        put(model, path, layer)
+        layer.trained_bias = bias
+        put(model, path, layer.train(model.training))
     model.requires_grad_(False)
     switch(model, name)
     for module in trained_biases(model, layers, bias).values():

@@ -51,8 +51,9 @@ def test_starts_like_peft_to_the_bit():
     assert torch.equal(drawn.vera_B, theirs.base_model.vera_B["default"])
     assert drawn.vera_A.shape == (6, 36) and drawn.vera_B.shape == (36, 6)
     layer = base.fc1
-    assert layer.vera_lambda_d.tolist() == [pytest.approx(0.3)] * 6
-    assert VeRA(nn.Linear(9, 4), projections=drawn).vera_lambda_d[0] == pytest.approx(0.1)
+    assert_close(layer.vera_lambda_d, nn.Parameter(torch.full((6,), 0.3)))
+    default = VeRA(nn.Linear(9, 4), projections=drawn).vera_lambda_d
+    assert_close(default, nn.Parameter(torch.full((6,), 0.1)))
     assert not torch.equal(drawn.vera_A, maker().keywords["projections"].vera_A)
 
 
