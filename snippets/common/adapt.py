@@ -351,9 +351,8 @@ def install(
     bias: str = "none",
 ) -> None:
     """Put adapters of one name at their paths, freeze the rest, switch to them."""
-    if bias not in ("none", "all") and not bias.endswith("_only"):
-        raise ValueError(f"{bias=} isn't one of 'none', 'all', 'lora_only'")
     name = next(iter(layers.values())).name
+    trained_biases(model, layers, bias)  # refuses an unknown one before the model is changed
     whole = {}
     for end in modules_to_save:
         # peft's rule here: the end of the path, not from a dot on.
@@ -377,7 +376,13 @@ def install(
 def trained_biases(
     model: nn.Module, layers: Mapping[str, Adapter], bias: str
 ) -> dict[str, nn.Module]:
-    """The modules, by path, whose biases are trained in place."""
+    """The modules, by path, whose biases are trained in place.
+
+    Raises:
+        ValueError: an unknown `bias`.
+    """
+    if bias not in ("none", "all") and not bias.endswith("_only"):
+        raise ValueError(f"{bias=} isn't one of 'none', 'all', 'lora_only'")
     if bias == "none":
         return {}
     modules = layers.items() if bias != "all" else slots(model)

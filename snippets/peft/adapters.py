@@ -16,6 +16,7 @@ from snippets.common.adapt import (
     Adapter,
     Retrained,
     adapters,
+    dense_weight,
     exact_patterns,
     install,
     linear_layers,
@@ -252,6 +253,7 @@ def load_tensors(
     folder: str | Path,
 ) -> None:
     """Check all tensors, then put the layers into the model and the numbers into them."""
+    tensors = without_frozen(layers, tensors, folder)
     troubles = {
         "missing": [name for name in wanted if name not in tensors],
         "unexpected": [name for name in tensors if name not in wanted],
@@ -271,6 +273,18 @@ def load_tensors(
     # Now again: of modules that are trained whole, the copies.
     for name, own in places(model, layers, options).items():
         own.copy_(tensors[name])
+
+
+def without_frozen(
+    layers: dict[str, Adapter], tensors: dict[str, Tensor], folder: str | Path
+) -> dict[str, Tensor]:
+    """What is left without frozen weights: an adapted head's, which peft saves, too."""
+    frozen = {f"{PREFIX}{path}.base_layer.weight": layer for path, layer in layers.items()}
+    for key in frozen.keys() & tensors.keys():
+        own = dense_weight(frozen[key].base_layer)
+        if own.shape != tensors[key].shape or not torch.equal(own, tensors[key].to(own)):
+            raise CheckpointError(f"{folder}: {key} isn't this model's: it is of another base")
+    return {name: tensor for name, tensor in tensors.items() if name not in frozen}
 
 
 # Writing
