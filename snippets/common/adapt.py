@@ -134,6 +134,8 @@ class Adapter(Switched):
         Raises:
             ValueError: W isn't stored as a plain matrix.
         """
+        if isinstance(self.base_layer, Adapter) and not self.merged:
+            self.base_layer.merge()
         if not self.enabled or self.merged:
             return
         linear = innermost(self)
@@ -142,8 +144,6 @@ class Adapter(Switched):
             raise ValueError(
                 f"can't merge into {type(linear).__name__} ({size}): its weight is no plain matrix"
             )
-        if isinstance(self.base_layer, Adapter):
-            self.base_layer.merge()
         changed = self.weight
         self.unmerged = linear.weight.detach().clone()
         linear.weight.copy_(changed)
@@ -215,7 +215,9 @@ def device_of(layer: nn.Module) -> torch.device:
 
 def slots(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules by path, adapted layers as one; not what is inside these."""
-    for name, child in model.named_children():
+    for name, child in model._modules.items():  # `named_children` skips what it had before
+        if child is None:
+            continue
         yield prefix + name, child
         if not isinstance(child, Switched):
             yield from slots(child, f"{prefix}{name}.")

@@ -443,9 +443,9 @@ def test_reports_what_it_does_not_read(changes, said, folder):
 
 
 def test_refuses_to_save_what_a_folder_cannot_hold(tmp_path, unchecked):
-    def adapted(make=partial(LoRA, **LORA), targets=TARGETS, **options):
+    def adapted(make=None, **options):
         model = Stack()
-        adapt(model, targets, make, **options)
+        adapt(model, TARGETS, make or partial(LoRA, **LORA), **options)
         return model
 
     with pytest.raises(ValueError, match="no adapter 'other' in this model"):
