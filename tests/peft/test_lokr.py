@@ -17,6 +17,12 @@ KINDS = {
     "a thin second factor": {"r": 2, "alpha": 7},
     "both thin": {"r": 1, "alpha": 7, "decompose_both": True},
     "both may be thin, one is": {"r": 2, "alpha": 7, "decompose_both": True, "decompose_factor": 2},
+    "a first factor too small to be thin": {
+        "r": 3,
+        "alpha": 7,
+        "decompose_both": True,
+        "decompose_factor": 4,
+    },
     "a factor of 4": {"r": 2, "alpha": 7, "decompose_factor": 4},
     "a factor that divides nothing": {"r": 2, "alpha": 7, "decompose_factor": 5},
     "a large factor": {"r": 2, "alpha": 7, "decompose_both": True, "decompose_factor": 12},
