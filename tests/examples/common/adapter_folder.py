@@ -10,4 +10,7 @@ def calls(m):
             config, tensors = m.read_adapter(folder)
         return config["r"], tensors["a"], tensors["b"]
 
-    return [(kept, torch.randn(4, 5))]
+    def scaled(x):
+        return x * m.read_options({"r": 3}, {"r": (int, 8)}, "a file")["r"]
+
+    return [(kept, torch.randn(4, 5)), (scaled, torch.randn(4, 5))]
