@@ -133,8 +133,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
         raise ValueError(f"no adapter {name!r} in this model")
     config = config_of(layers)
     config["target_modules"] = exact_patterns(model, list(layers))
-    whole = [p for p, m in switched(model) if isinstance(m, Retrained) and m.name == name]
-    own = {id(w) for _, layer in switched(model) for w in layer.own_parameters().values()}
+    found = switched(model)
+    whole = {p: m for p, m in found if isinstance(m, Retrained) and m.name == name}
+    own = {id(w) for _, layer in found for w in layer.own_parameters().values()}
     bias = next(iter(layers.values())).trained_bias
     biases = trained_biases(model, layers, bias)
     own |= {id(module.bias) for module in biases.values()}
@@ -145,19 +146,14 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
         if config["peft_type"] in ("LOHA", "LOKR"):
             raise ValueError(f"peft's {config['peft_type']} has no {bias=}")
         config["bias"] = bias if bias == "all" else f"{config['peft_type'].lower()}_only"
-    config["modules_to_save"] = whole or None
+    config["modules_to_save"] = list(whole) or None
     tensors = {
         f"{PREFIX}{p}.{n}": w for p, m in layers.items() for n, w in m.own_parameters().items()
     }
     for path, module in biases.items():
         tensors[PREFIX + bias_name(path, layers)] = module.bias
-    # peft takes these names as ends of paths, so others may match: they go along as they are.
-    for path, module in slots(model):
-        if any(path.endswith(end) for end in whole):
-            if path in layers:
-                raise ValueError(f"{path} is adapted, and peft would take it for one of {whole}")
-            kept = module.current if isinstance(module, Retrained) else module
-            tensors |= {f"{PREFIX}{path}.{n}": w for n, w in kept.state_dict().items()}
+    for path, module in whole.items():
+        tensors |= {f"{PREFIX}{path}.{n}": w for n, w in module.retrained.state_dict().items()}
     first = next(iter(layers.values()))
     if isinstance(first, VeRA):
         tensors |= {key: getattr(first.projections, n) for key, n in PROJECTIONS.items()}
