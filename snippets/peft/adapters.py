@@ -262,10 +262,10 @@ def load_tensors(
     said = [f"{kind}: {', '.join(names)}" for kind, names in troubles.items() if names]
     if said:
         raise CheckpointError(f"{folder} doesn't fit the model; {'; '.join(said)}")
+    install(model, layers, modules_to_save=options["modules_to_save"], bias=options["bias"])
     if options.get("init_lora_weights") == "pissa":
         for layer in layers.values():
             layer.start_from_principal_part()
-    install(model, layers, modules_to_save=options["modules_to_save"], bias=options["bias"])
     # Now again: of modules that are trained whole, the copies.
     for name, own in places(model, layers, options).items():
         own.copy_(tensors[name])
