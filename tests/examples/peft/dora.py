@@ -1,0 +1,14 @@
+import torch
+from torch import nn
+
+
+def calls(m):
+    def layer(**options):
+        dora = m.DoRA(nn.Linear(12, 20), r=3, lora_alpha=7, **options)
+        nn.init.normal_(dora.lora_B.weight)
+        return dora
+
+    return [
+        (layer(), torch.randn(2, 5, 12)),
+        (layer(use_rslora=True, lora_dropout=0.3), torch.randn(5, 12)),
+    ]
