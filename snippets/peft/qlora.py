@@ -117,7 +117,7 @@ def dequantize_4bit(
         raise ValueError(f"shape {tuple(shape)} isn't that of {sizes}")
     # Row 16 h + l of all pairs is (h, l): one lookup gives both weights of a byte.
     pairs = torch.cartesian_prod(codebook, codebook)
-    values = pairs[packed.int()].flatten()  # n, and one more if n is odd
+    values = pairs.index_select(0, packed.int()).flatten()  # n, and one more if n is odd
     values = F.pad(values[:size], (0, -size % block_size)).view(-1, block_size)
     return (values * absmax[:, None]).flatten()[:size].view(shape)
 
