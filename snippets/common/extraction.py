@@ -23,16 +23,25 @@ FORMS = (
     "{name} is {age} years old and moved to {city} as a {job}.",
     "The {job} {name} from {city} has just turned {age}.",
 )
-SEEN = {
-    "first": "Ana Ben Clara David Emma Felix Grace Hugo Iris Jonas Kate Leo Mia Noah Olga Paul",
-    "last": "Adams Baker Costa Dixon Evans Fischer Garcia Hansen Ito Jones Keller Lopez Meyer",
-    "city": "Athens Berlin Cairo Dublin Hanoi Lima London Madrid Oslo Paris Rome Seoul Tokyo",
+SEEN = {  # many names, or else the likeliest of them is learned in place of copying
+    "first": "Ada Alice Ana Anton Ben Boris Chloe Clara Dan David Dora Edgar Emma Ethan Eva Felix "
+    "Gary George Grace Hannah Henry Hugo Ida Igor Iris Jack James Jonas Karen Kate Lena Leo Lily "
+    "Louis Lucy Maria Mark Max Mia Noah Nora Olga Oliver Otto Paul Pia Quinn Rita Robert Ruth Sam "
+    "Sara Simon Sofia Tina Tom Ursula Vera Victor Walter Wendy Yusuf Zoe",
+    "last": "Adams Bailey Baker Bauer Bell Carter Castro Chen Cooper Costa Cruz Davis Dixon Evans "
+    "Fischer Fox Garcia Gupta Hall Hansen Hill Hughes Ito Jones Kelly Keller Khan Klein Lee Lopez "
+    "Meyer Morris Murphy Novak Ortiz Park Perez Price Reed Rivera Ross Santos Silva Singh Smith "
+    "Stone Tanaka Turner Walker Ward Weber White Young Zhang",
+    "city": "Athens Austin Bangkok Berlin Bristol Brussels Cairo Dallas Delhi Dublin Florence "
+    "Glasgow Hamburg Hanoi Houston Kyoto Lagos Lima London Lyon Madrid Manila Miami Nairobi Naples "
+    "Oslo Oxford Paris Perth Phoenix Quebec Rome Seattle Seoul Seville Tokyo Toronto Turin Vienna "
+    "Warsaw Zurich",
     "job": "baker carpenter chemist doctor farmer lawyer nurse painter pilot teacher",
 }
 HELD_OUT = {
     "first": "Amir Bella Carl Diana Frank Helen Ivan Julia Kevin Laura Martin Nina Oscar Peter",
     "last": "Allen Brown Clark Duval Ferrari Green Hoffman Kumar Lewis Moreau Nguyen Olsen Rossi",
-    "city": "Boston Chicago Denver Geneva Havana Lisbon Milan Moscow Munich Prague Sydney Warsaw",
+    "city": "Boston Chicago Denver Geneva Havana Lisbon Milan Moscow Munich Prague Sydney",
     "job": "butcher cook dentist driver plumber singer tailor waiter",
 }
 IGNORED = -100  # the label of a token that isn't learned, as cross_entropy has it
