@@ -227,12 +227,12 @@ class NF4Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.block_size, self.double_quantization = block_size, double_quantization
         device = linear.weight.device
-        codebook = (normal_float() if codebook is None else codebook).to(device)
+        codebook = normal_float() if codebook is None else codebook
         packed, absmax = quantize_4bit(
             linear.weight.detach(), codebook=codebook, block_size=block_size
         )
         self.register_buffer("weight", packed)
-        self.register_buffer("quant_map", as_bits(codebook))
+        self.register_buffer("quant_map", as_bits(codebook.to(device)))
         if double_quantization:
             codes, nested, offset = quantize_scales(absmax)
             self.register_buffer("absmax", codes)
@@ -295,9 +295,7 @@ def quantize_linears(
         raise ValueError(f"no linear layer to quantize beside {exclude}")
     for path, linear in found.items():
         parent, _, name = path.rpartition(".")
-        small = NF4Linear(
-            linear, block_size=block_size, double_quantization=double_quantization
-        )
+        small = NF4Linear(linear, block_size=block_size, double_quantization=double_quantization)
         setattr(model.get_submodule(parent), name, small)
     model.requires_grad_(False)
     return list(found)

@@ -39,7 +39,9 @@ INT4 = torch.cat((torch.arange(-7, 0), torch.arange(9))) / 8
 
 def matrix(*shape: int) -> torch.Tensor:
     """Rows of many sizes, one of zeros."""
-    weight = torch.randn(*shape) * torch.linspace(0.2, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    weight = torch.randn(*shape) * torch.linspace(0.2, 3, shape[0]).view(
+        -1, *[1] * (len(shape) - 1)
+    )
     if len(shape) > 1:
         weight[1] = 0
     return weight
@@ -79,7 +81,10 @@ def test_the_codebook_is_the_formula_of_normal_quantiles():
     quantile = NormalDist().inv_cdf
     offset = 1 - Fraction(1, 2) * (Fraction(1, 30) + Fraction(1, 32))
     assert abs(float(offset) - qlora.OFFSET) < 5e-8
-    step = lambda k, count: quantile(float(offset) - k * (float(offset) - 0.5) / count)
+
+    def step(k, count):
+        return quantile(float(offset) - k * (float(offset) - 0.5) / count)
+
     values = [-step(k, 7) for k in range(7)] + [0.0] + [step(k, 8) for k in reversed(range(8))]
     expected = torch.tensor([value / values[-1] for value in values])
     assert_close(normal_float(), expected, rtol=0, atol=1e-6)
@@ -108,7 +113,9 @@ def test_nearest_is_the_nearest_and_halfway_the_lower():
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])
-@pytest.mark.parametrize("shape", [(300, 128), (48, 192), (48, 160), (3, 130), (7, 129), (100,), (5, 7), (3,)])
+@pytest.mark.parametrize(
+    "shape", [(300, 128), (48, 192), (48, 160), (3, 130), (7, 129), (100,), (5, 7), (3,)]
+)
 def test_bytes_and_scales_are_bitsandbytes(shape, block_size):
     weight = matrix(*shape)
     theirs, state = bnb.quantize_4bit(
@@ -225,9 +232,7 @@ def test_forward_and_gradient_are_linear4bits(double, bias):
     assert_close(y, expected)
     assert (y - linear(x)).abs().max() > 0.01
     upstream = torch.randn_like(y)
-    assert_close(
-        torch.autograd.grad(y, x, upstream), torch.autograd.grad(expected, x, upstream)
-    )
+    assert_close(torch.autograd.grad(y, x, upstream), torch.autograd.grad(expected, x, upstream))
     assert_close(y, x @ ours.dequantize().T + (0 if linear.bias is None else linear.bias))
 
 
@@ -242,9 +247,7 @@ def test_double_quantization_is_on_unless_switched_off():
     assert NF4Linear(linear, block_size=32).absmax.numel() == 2 * blocks
     coarse = NF4Linear(linear, codebook=INT4)
     assert torch.equal(as_floats(coarse.quant_map), INT4)
-    assert_close(
-        coarse.dequantize(), NF4Linear(linear, codebook=INT4).dequantize(), rtol=0, atol=0
-    )
+    assert_close(coarse.dequantize(), NF4Linear(linear, codebook=INT4).dequantize(), rtol=0, atol=0)
 
 
 def test_a_state_dict_has_bitsandbytes_names_and_comes_back():
@@ -289,16 +292,15 @@ def test_the_unpacked_weight_is_not_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_compile_gives_the_same(double):
+def test_compile_gives_the_same(unchecked, double):
+    torch.compiler.reset()
     ours = NF4Linear(nn.Linear(70, 30), double_quantization=double)
     x = torch.randn(2, 5, 70, requires_grad=True)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     y = compiled(x)
     assert_close(y, ours(x))
     upstream = torch.randn_like(y)
-    assert_close(
-        torch.autograd.grad(y, x, upstream), torch.autograd.grad(ours(x), x, upstream)
-    )
+    assert_close(torch.autograd.grad(y, x, upstream), torch.autograd.grad(ours(x), x, upstream))
 
 
 # The whole: LoRA on a 4-bit base
@@ -403,6 +405,14 @@ def test_refuses_what_does_not_fit(unchecked):
         NF4Linear(nn.Linear(64, 6))(torch.randn(2, 63))
     with pytest.raises(ValueError, match=r"beside \('0',\)"):
         quantize_linears(nn.Sequential(nn.Linear(3, 4)), exclude=("0",))
+
+
+def test_full_size_on_meta_counts_bytes():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4096, 11008, bias=False))
+    quantize_linears(model)
+    blocks = 4096 * 11008 // 64
+    assert model[0].weight.is_meta and model[0].nbytes == 33 * blocks + blocks // 64 + 4 + 64 + 1024
 
 
 def test_constants_cost_an_eighth_of_a_bit():
