@@ -132,8 +132,8 @@ def quantize_scales(
     """
     offset = absmax.mean()
     blocks, nested = scaled_blocks(absmax - offset, SCALES)
-    # On a CPU bitsandbytes looks the nearest value up for 65,536 points of [-1, 1]; off this grid
-    # a code in seven hundred would be its neighbour.
+    # On a CPU bitsandbytes rounds to 65,536 points of [-1, 1] first, and looks up each one's nearest:
+    # about one code in seven hundred is its neighbour, therefore.
     grid = ((blocks + 1) * 0.5 * STEPS + 0.5).int()
     codes = nearest(-1 + 2 * grid / STEPS, dynamic_map().to(absmax.device))
     codes = codes.masked_fill(nested[:, None] == 0, 0)  # as there, for a block without spread
