@@ -84,8 +84,9 @@ def quantize_4bit(
     Raises:
         ValueError: an empty weight, an odd block, or a codebook not of 16 rising values.
     """
-    codebook = normal_float() if codebook is None else codebook
-    if len(codebook) != 16 or not (codebook.diff() > 0).all():
+    if codebook is None:
+        codebook = normal_float()
+    elif len(codebook) != 16 or not (codebook.diff() > 0).all():
         raise ValueError(f"a 4-bit codebook has 16 rising values, this one {codebook.tolist()}")
     if block_size < 2 or block_size % 2:
         raise ValueError(f"{block_size=}: bytes hold two codes of one block")
@@ -132,8 +133,8 @@ def quantize_scales(
     """
     offset = absmax.mean()
     blocks, nested = scaled_blocks(absmax - offset, SCALES)
-    # On a CPU bitsandbytes rounds to 65,536 points of [-1, 1] first, and looks up each one's nearest:
-    # about one code in seven hundred is its neighbour, therefore.
+    # On a CPU bitsandbytes rounds to 65,536 points of [-1, 1] first and looks up what is nearest to
+    # them, so that about one code in a thousand isn't the nearest, but its neighbour.
     grid = ((blocks + 1) * 0.5 * STEPS + 0.5).int()
     codes = nearest(-1 + 2 * grid / STEPS, dynamic_map().to(absmax.device))
     codes = codes.masked_fill(nested[:, None] == 0, 0)  # as there, for a block without spread
