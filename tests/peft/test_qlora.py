@@ -245,9 +245,27 @@ def test_double_quantization_is_on_unless_switched_off():
     assert off.nbytes == I * O // 2 + 4 * blocks + 64 + 4 * O
     assert on.nbytes == I * O // 2 + blocks + 4 + 4 + 64 + 1024 + 4 * O
     assert NF4Linear(linear, block_size=32).absmax.numel() == 2 * blocks
-    coarse = NF4Linear(linear, codebook=INT4)
-    assert torch.equal(as_floats(coarse.quant_map), INT4)
-    assert_close(coarse.dequantize(), NF4Linear(linear, codebook=INT4).dequantize(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_another_codebook_and_block_are_the_layers(double):
+    linear = nn.Linear(I, O)
+    ours = NF4Linear(linear, codebook=INT4, block_size=32, double_quantization=double)
+    assert torch.equal(as_floats(ours.quant_map), INT4)
+    blocks = linear.weight.detach().view(-1, 32)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    codes = (blocks[..., None] / absmax[..., None] - INT4).abs().argmin(-1)
+    bound = {"rtol": 0.01, "atol": 1e-3} if double else {}  # 8 bits of the scales
+    assert_close(ours.dequantize(), (INT4[codes] * absmax).view(O, I), **bound)
+
+
+def test_the_tables_are_part_of_what_is_loaded():
+    ours = NF4Linear(nn.Linear(I, O))
+    weights = ours.state_dict()
+    half = as_floats(weights["nested_quant_map"]) / 2
+    whole = ours.dequantize()
+    ours.load_state_dict(weights | {"nested_quant_map": half.view(torch.int32)})
+    assert (ours.dequantize() - whole).abs().max() > 1e-4
 
 
 def test_a_state_dict_has_bitsandbytes_names_and_comes_back():
@@ -278,6 +296,19 @@ def test_the_scales_survive_bfloat16():
     low = ours(x.bfloat16())
     assert low.dtype == torch.bfloat16
     assert_close(low.float(), y, rtol=0.02, atol=0.02)
+
+
+def test_inputs_in_bfloat16_meet_a_layer_in_float32():
+    ours, x = NF4Linear(nn.Linear(I, O)), torch.randn(3, I, requires_grad=True)
+    low = ours(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert_close(low.float(), ours(x), rtol=0.02, atol=0.02)
+    half = x.detach().bfloat16().requires_grad_()
+    upstream = torch.randn(3, O).bfloat16()
+    (found,) = torch.autograd.grad(ours(half), half, upstream)
+    assert found.dtype == torch.bfloat16
+    expected = upstream.float() @ ours.dequantize()
+    assert_close(found.float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_the_unpacked_weight_is_not_kept_for_the_backward_pass():
@@ -402,7 +433,7 @@ def test_refuses_what_does_not_fit(unchecked):
     with pytest.raises(ValueError, match="192 bytes and 6 scales, block_size=32"):
         dequantize_4bit(packed, absmax, shape=(6, 64), block_size=32)
     with pytest.raises(ValueError, match=r"63 features, in_features=64"):
-        NF4Linear(nn.Linear(64, 6))(torch.randn(2, 63))
+        NF4Linear(nn.Linear(64, 6))(torch.randn(2, 5, 63))
     with pytest.raises(ValueError, match=r"beside \('0',\)"):
         quantize_linears(nn.Sequential(nn.Linear(3, 4)), exclude=("0",))
 
