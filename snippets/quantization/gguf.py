@@ -140,7 +140,7 @@ def fit_sub_blocks(
         a, b = width * (1.1 - 0.025 * grid), -low
         for _ in range(2):
             a, b = fit_line(x, nearest(x, a, b), weight)
-        error = (weight * (a * nearest(x, a, b) - b - x).square()).sum(-1, keepdim=True)
+        error = cost(x, weight, a, b).sum(-1, keepdim=True)
         scale, minimum = (
             torch.where(error < least, new, old) for new, old in ((a, scale), (b, minimum))
         )
@@ -180,21 +180,21 @@ def refit(
     e: Float[Tensor, "*r k 1 1"],
 ) -> tuple[Float[Tensor, "*r k 1 1"], Float[Tensor, "*r k 1 1"]]:
     """The super-block's d and e, fitted anew to the integers; the old ones if better."""
-
-    def error(d: Tensor, e: Tensor) -> Tensor:
-        return (weight * (d * s * nearest(x, d * s, e * m) - e * m - x).square()).sum(
-            (-2, -1), True
-        )
-
     new = solve_two(x, s * q, m.expand_as(q), weight, (-2, -1))
     new = tuple(to_half(number.clamp(min=0)) for number in new)
-    better = error(*new) < error(d, e)
+    errors = (cost(x, weight, c * s, f * m).sum((-2, -1), keepdim=True) for c, f in (new, (d, e)))
+    better = torch.lt(*errors)
     return torch.where(better, new[0], d), torch.where(better, new[1], e)
 
 
 def nearest(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The q in 0 ... 15 for which a q - b is nearest to x."""
     return ((x + b) * inverse(a)).round().clamp(0, 15)
+
+
+def cost(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The weighted squared error of each x, on the grid a q - b."""
+    return weight * (a * nearest(x, a, b) - b - x).square()
 
 
 def pack_scales(s: UInt8[Tensor, "*k 8"], m: UInt8[Tensor, "*k 8"]) -> UInt8[Tensor, "*k 12"]:
