@@ -307,7 +307,9 @@ def test_in_half_precision_and_with_more_axes(kind):
 def test_compiles(unchecked, kind):
     torch.manual_seed(0)
     x, form = torch.randn(3, 512), FORMATS[kind]
-    data = torch.compile(form.quantize, fullgraph=True)(x)
+    # The search is long to compile to machine code; as a graph, it takes seconds.
+    backend = "inductor" if kind in SIMPLE else "aot_eager"
+    data = torch.compile(form.quantize, fullgraph=True, backend=backend)(x)
     values = torch.compile(form.dequantize, fullgraph=True)(data)
     if kind in SIMPLE:
         assert torch.equal(data, form.quantize(x))
@@ -694,62 +696,96 @@ def test_the_tokenizers_files_become_metadata(tmp_path):
 
 
 def serve(path: Path) -> xllamacpp.Server:
+    """llama.cpp in this process, with nothing in 16 bits but what the file has so."""
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(path), 512, 1
     params.verbosity, params.warmup = -1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 
 
-def written(server, ids: list[int], new: int = 32) -> tuple[list[int], list[float]]:
-    """llama.cpp's greedy tokens after a prompt, and their log-probabilities."""
+def written(server, ids: list[int] | str, new: int = 32) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """llama.cpp's greedy tokens after a prompt, their log-probabilities; the prompt's length."""
     said = server.handle_completions(
         {"prompt": ids, "max_tokens": new, "temperature": 0, "logprobs": 1, "ignore_eos": True}
     )
     content = said["choices"][0]["logprobs"]["content"]
-    return [t["id"] for t in content], [t["logprob"] for t in content]
+    tokens, logs = zip(*[(t["id"], t["logprob"]) for t in content], strict=True)
+    assert len(tokens) == new
+    return torch.tensor(tokens), torch.tensor(logs), said["usage"]["prompt_tokens"]
+
+
+@torch.no_grad()
+def beside(ours: Llama, server, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each token of llama.cpp's: is it our best too, by how much our best leads; log ratio."""
+    tokens, logs, _ = written(server, ids)
+    logits = ours(torch.tensor([ids + tokens[:-1].tolist()]))[0, len(ids) - 1 :]
+    best = logits.topk(2).values
+    own = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    return logits.argmax(-1) == tokens, best[:, 0] - best[:, 1], own - logs
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Path, LlamaConfig, transformers.PreTrainedTokenizerFast]:
+    folder = smollm2.prepare(ROOT)
+    config = read_config(folder, LlamaConfig, model_types=("llama",))
+    return folder, config, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def asked(tokenizer, question: str) -> list[int]:
+    chat = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text).input_ids
+
+
+def rounded(tensors: dict, kind: str) -> dict[str, torch.Tensor]:
+    """What `llama_tensors` with Q8_0 to fall back on leaves of the weights."""
+    after = {}
+    for name, tensor in tensors.items():
+        fits = tensor.shape[-1] % FORMATS[kind].columns == 0
+        block = kind if fits else "Q8_0"
+        after[name] = dequantize(quantize(tensor, block)) if tensor.ndim == 2 else tensor.float()
+    return after
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
-def test_llama_cpp_says_what_ours_says(tmp_path, kind):
-    folder = smollm2.prepare(ROOT)
-    config = read_config(folder, LlamaConfig, model_types=("llama",))
+def test_llama_cpp_says_what_ours_says(tmp_path, real, kind):
+    folder, config, tokenizer = real
     tensors = read_tensors(folder)
     packed = llama_tensors(config, tensors, kind, fallback="Q8_0")
     metadata = llama_metadata(config, kind) | tokenizer_metadata(folder, pre="smollm")
     write_gguf(tmp_path / "smollm2.gguf", metadata, packed)
     server = serve(tmp_path / "smollm2.gguf")
-    for name, tensor in tensors.items():
-        block = tensor.ndim == 2 and FORMATS[kind].columns
-        chosen = kind if block and tensor.shape[-1] % block == 0 else "Q8_0"
-        tensors[name] = dequantize(quantize(tensor, chosen)) if block else tensor.float()
+    ours = Llama.from_tensors(config, rounded(tensors, kind), source=folder)
+    ids = asked(tokenizer, "Count from 1 to 12.")
+    same, lead, ratio = beside(ours, server, ids)
+    assert (lead > 0.1).sum() > 25 and same[lead > 0.1].all()
+    alone = generate(ours, torch.tensor([ids]), max_new_tokens=32)[0, len(ids) :]
+    if same.all():
+        assert torch.equal(alone, written(server, ids)[0])
+    # llama.cpp rounds activations to 8 bits as well, so a lead of 0.1 can turn elsewhere.
+    for question in ("Why is the sky blue?", "Explain gravity to a child."):
+        same, lead, ratio = beside(ours, server, asked(tokenizer, question))
+        assert (lead > 0.5).sum() > 15 and same[lead > 0.5].all()
+        assert ratio.abs().mean() < 0.15
+
+
+def test_llama_cpp_has_our_numbers_where_it_rounds_nothing(tmp_path, real):
+    """The weights that blocks stand for, in float32: names, rows, rotation, norms, tokenizer."""
+    folder, config, tokenizer = real
+    tensors = rounded(read_tensors(folder), "Q8_0")
+    metadata = llama_metadata(config) | tokenizer_metadata(folder, pre="smollm")
+    write_gguf(tmp_path / "smollm2.gguf", metadata, llama_tensors(config, tensors))
+    server = serve(tmp_path / "smollm2.gguf")
     ours = Llama.from_tensors(config, tensors, source=folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for question in ("What is the capital of France?", "Count from 1 to 12."):
-        chat = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text).input_ids
-        tokens, logs = written(server, ids)
-        assert len(tokens) == 32 == len(logs)
-        with torch.no_grad():
-            logits = ours(torch.tensor([ids + tokens[:-1]]))[0, len(ids) - 1 :]
-        best = logits.topk(2).values
-        clear = best[:, 0] - best[:, 1] > 0.1
-        assert clear.sum() > 20
-        assert logits.argmax(-1)[clear].tolist() == torch.tensor(tokens)[clear].tolist()
-        # llama.cpp rounds the activations to 8 bits too, so not to float32's last digits.
-        found = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-        assert_close(found, torch.tensor(logs), atol=0.1, rtol=0)
-        if clear.all():
-            alone = generate(ours, torch.tensor([ids]), max_new_tokens=32)
-            assert alone[0, len(ids) :].tolist() == tokens
-    # Its tokenizer too: a prompt of text is counted and read like transformers' ids.
+    for question in ("What is the capital of France?", "Write a haiku about the sea."):
+        same, lead, ratio = beside(ours, server, asked(tokenizer, question))
+        assert same[lead > 0.01].all() and (lead > 0.01).sum() > 28
+        assert ratio.abs().max() < 2e-3  # its sums and softmax are float32 in another order
     prompt = "Déjà vu: 12345 naïve\n\n  cats, isn't it? 日本 🙂"
-    said = [
-        server.handle_completions({"prompt": p, "max_tokens": 1, "temperature": 0, "logprobs": 1})
-        for p in (prompt, tokenizer(prompt).input_ids)
-    ]
-    assert said[0]["usage"]["prompt_tokens"] == len(tokenizer(prompt).input_ids)
-    both = [s["choices"][0]["logprobs"]["content"][0] for s in said]
-    assert both[0]["id"] == both[1]["id"]
-    assert both[0]["logprob"] == pytest.approx(both[1]["logprob"], abs=1e-3)
+    ids = tokenizer(prompt).input_ids
+    text, numbers = written(server, prompt, new=4), written(server, ids, new=4)
+    assert text[2] == len(ids) and torch.equal(text[0], numbers[0])
+    assert_close(text[1], numbers[1], atol=1e-3, rtol=0)
