@@ -23,8 +23,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from snippets.common.checkpoint import read_json
-from snippets.models.llama import LlamaConfig
 from snippets.position.rope import interleaved_from_half
 
 # 32 weights, 8 bits
@@ -450,8 +448,12 @@ NAMES = {
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def llama_metadata(config: LlamaConfig, kind: str | None = None) -> dict[str, Any]:
+def llama_metadata(config: Any, kind: str | None = None) -> dict[str, Any]:
     """What llama.cpp wants to know of a Llama, without its tokenizer.
+
+    Args:
+        config: a LlamaConfig, of models/llama.
+        kind: of most matrices, for the record.
 
     Raises:
         ValueError: a config for which this writer has no keys.
@@ -483,7 +485,7 @@ def llama_metadata(config: LlamaConfig, kind: str | None = None) -> dict[str, An
 
 
 def llama_tensors(
-    config: LlamaConfig,
+    config: Any,
     tensors: Mapping[str, Tensor],
     kind: str | None = None,
     fallback: str | None = None,
@@ -494,7 +496,7 @@ def llama_tensors(
     which is how llama.cpp turns them.
 
     Args:
-        config: of the checkpoint.
+        config: the checkpoint's LlamaConfig.
         tensors: by the names of the published checkpoint.
         kind: of the matrices; as they are unless given.
         fallback: the kind of matrices whose columns don't divide into blocks of `kind`.
@@ -529,27 +531,27 @@ def gguf_name(name: str) -> str:
     raise ValueError(f"{name} has no name in GGUF here")
 
 
-def tokenizer_metadata(folder: str | Path, *, pre: str) -> dict[str, Any]:
-    """The tokenizer of a checkpoint folder, byte-level BPE, as llama.cpp reads it.
+def tokenizer_metadata(
+    tokenizer: Mapping[str, Any], config: Mapping[str, Any], *, pre: str
+) -> dict[str, Any]:
+    """A tokenizer, byte-level BPE, as llama.cpp reads it.
 
     Args:
-        folder: holds tokenizer.json and tokenizer_config.json.
+        tokenizer: what tokenizer.json of a checkpoint folder holds.
+        config: what its tokenizer_config.json holds.
         pre: llama.cpp's name for the pattern that splits text before the merges. It
             can't be read off the file, and a wrong one splits otherwise in silence.
 
     Raises:
-        CheckpointError: a file is absent or damaged.
         ValueError: another kind of tokenizer, or numbers with gaps.
     """
-    tokenizer = read_json(Path(folder) / "tokenizer.json")
-    config = read_json(Path(folder) / "tokenizer_config.json")
     model, added = tokenizer["model"], tokenizer["added_tokens"]
     if model["type"] != "BPE":
-        raise ValueError(f"{folder}: a tokenizer of type {model['type']!r}, this wants BPE")
+        raise ValueError(f"a tokenizer of type {model['type']!r}, this wants BPE")
     numbers = model["vocab"] | {token["content"]: token["id"] for token in added}
     tokens = sorted(numbers, key=numbers.get)
     if [numbers[token] for token in tokens] != list(range(len(tokens))):
-        raise ValueError(f"{folder}: {len(tokens)} tokens, numbered up to {max(numbers.values())}")
+        raise ValueError(f"{len(tokens)} tokens, numbered up to {max(numbers.values())}")
     kinds = [1] * len(tokens)  # normal; 3: control, in no text; 4: defined by the user
     for token in added:
         kinds[token["id"]] = 3 if token["special"] else 4

@@ -1,7 +1,6 @@
 """GGUF against the gguf package, llama.cpp's own quantizers, its server, and transformers."""
 
 import ctypes
-import json
 import math
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from gguf.quants import dequantize as their_dequantize
 from gguf.quants import quantize as their_quantize
 from torch.testing import assert_close
 
-from snippets.common.checkpoint import read_config, read_tensors
+from snippets.common.checkpoint import read_config, read_json, read_tensors
 from snippets.common.generate import generate
 from snippets.models.llama import Llama, LlamaConfig
 from snippets.quantization.gguf import (
@@ -655,13 +654,7 @@ def test_refuses_a_name_it_does_not_know(name):
 # Its tokenizer
 
 
-def folder_of(path: Path, tokenizer: dict, config: dict) -> Path:
-    path.joinpath("tokenizer.json").write_text(json.dumps(tokenizer))
-    path.joinpath("tokenizer_config.json").write_text(json.dumps(config))
-    return path
-
-
-def test_the_tokenizers_files_become_metadata(tmp_path):
+def test_the_tokenizers_files_become_metadata():
     tokenizer = {
         "model": {"type": "BPE", "vocab": {"b": 1, "a": 0, "ab": 2}, "merges": []},
         "added_tokens": [
@@ -671,7 +664,7 @@ def test_the_tokenizers_files_become_metadata(tmp_path):
     }  # fmt: skip
     tokenizer["model"]["merges"] = ["a b", ["ab", "a"]]
     config = {"eos_token": "<end>", "unk_token": "a", "pad_token": "b", "chat_template": "{{ x }}"}
-    assert tokenizer_metadata(folder_of(tmp_path, tokenizer, config), pre="some") == {
+    assert tokenizer_metadata(tokenizer, config, pre="some") == {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "some",
         "tokenizer.ggml.tokens": ["a", "b", "ab", "tab", "<end>"],
@@ -682,14 +675,14 @@ def test_the_tokenizers_files_become_metadata(tmp_path):
         "tokenizer.ggml.padding_token_id": 1,
         "tokenizer.chat_template": "{{ x }}",
     }
-    about = tokenizer_metadata(folder_of(tmp_path, tokenizer, {"bos_token": "tab"}), pre="p")
+    about = tokenizer_metadata(tokenizer, {"bos_token": "tab"}, pre="p")
     assert about["tokenizer.ggml.bos_token_id"] == 3 and "tokenizer.chat_template" not in about
     tokenizer["model"]["vocab"]["far"] = 7
     with pytest.raises(ValueError, match="6 tokens, numbered up to 7"):
-        tokenizer_metadata(folder_of(tmp_path, tokenizer, config), pre="p")
+        tokenizer_metadata(tokenizer, config, pre="p")
     tokenizer["model"]["type"] = "Unigram"
     with pytest.raises(ValueError, match="of type 'Unigram', this wants BPE"):
-        tokenizer_metadata(folder_of(tmp_path, tokenizer, config), pre="p")
+        tokenizer_metadata(tokenizer, config, pre="p")
 
 
 # llama.cpp
@@ -735,6 +728,11 @@ def real() -> tuple[Path, LlamaConfig, transformers.PreTrainedTokenizerFast]:
     return folder, config, transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def words_of(folder: Path) -> dict:
+    files = (read_json(folder / f"tokenizer{end}.json") for end in ("", "_config"))
+    return tokenizer_metadata(*files, pre="smollm")
+
+
 def asked(tokenizer, question: str) -> list[int]:
     chat = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -756,7 +754,7 @@ def test_llama_cpp_says_what_ours_says(tmp_path, real, kind):
     folder, config, tokenizer = real
     tensors = read_tensors(folder)
     packed = llama_tensors(config, tensors, kind, fallback="Q8_0")
-    metadata = llama_metadata(config, kind) | tokenizer_metadata(folder, pre="smollm")
+    metadata = llama_metadata(config, kind) | words_of(folder)
     write_gguf(tmp_path / "smollm2.gguf", metadata, packed)
     server = serve(tmp_path / "smollm2.gguf")
     ours = Llama.from_tensors(config, rounded(tensors, kind), source=folder)
@@ -777,7 +775,7 @@ def test_llama_cpp_has_our_numbers_where_it_rounds_nothing(tmp_path, real):
     """The weights that blocks stand for, in float32: names, rows, rotation, norms, tokenizer."""
     folder, config, tokenizer = real
     tensors = rounded(read_tensors(folder), "Q8_0")
-    metadata = llama_metadata(config) | tokenizer_metadata(folder, pre="smollm")
+    metadata = llama_metadata(config) | words_of(folder)
     write_gguf(tmp_path / "smollm2.gguf", metadata, llama_tensors(config, tensors))
     server = serve(tmp_path / "smollm2.gguf")
     ours = Llama.from_tensors(config, tensors, source=folder)
