@@ -1,6 +1,7 @@
 """GGUF against the gguf package, llama.cpp's own quantizers, its server, and transformers."""
 
 import ctypes
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -343,6 +344,12 @@ def test_refuses_columns_and_bytes_that_do_not_divide(unchecked, kind):
         dequantize(Blocks(kind, torch.ones((), dtype=torch.uint8)))
 
 
+def test_blocks_and_formats_are_not_edited():
+    for thing, name in ((quantize(torch.ones(32), "Q8_0"), "kind"), (FORMATS["Q8_0"], "nbytes")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(thing, name, 1)
+
+
 def test_refuses_unknown_kinds_and_values_without_a_scale():
     with pytest.raises(ValueError, match="'Q3_K' isn't a kind of blocks; known: Q8_0, Q4_0, Q4_K"):
         quantize(torch.ones(32), "Q3_K")
@@ -466,7 +473,9 @@ def test_a_parameter_that_trains_can_be_written(tmp_path):
 
 def test_nothing_half_written_stays(tmp_path):
     path = tmp_path / "a.gguf"
+    (tmp_path / "a.gguf.part").write_text("left by a process that was killed")
     write_gguf(str(path), {"general.architecture": "none"}, {"x": torch.ones(3)})
+    assert list(tmp_path.iterdir()) == [path]
     before = path.read_bytes()
     fails_late = {"x": torch.ones(5), "y": torch.ones(3, device="meta")}
     with pytest.raises(NotImplementedError):
