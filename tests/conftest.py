@@ -64,8 +64,10 @@ def unchecked():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def alike():
+    """Whatever ran before in this process: threads, seed, no memory of what was compiled."""
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    torch.compiler.reset()

@@ -32,4 +32,7 @@ def times(value, factor: float):
         return value * factor
     if isinstance(value, float):
         return value * factor
-    return tuple(times(v, factor) for v in value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        scaled_values = (times(v, factor) for v in value)
+        return value._make(scaled_values) if hasattr(value, "_make") else tuple(scaled_values)
+    return value

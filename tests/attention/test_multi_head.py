@@ -261,7 +261,6 @@ def test_the_causal_mask_stands_where_the_tokens_are():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_whole(unchecked, dtype):
-    torch.compiler.reset()
     mha, (x, memory) = layer(memory_size=M).to(dtype), (y.to(dtype) for y in tokens())
     compiled = torch.compile(mha, fullgraph=True, backend="eager")
     bounds = {} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}

@@ -193,7 +193,6 @@ def test_the_wide_network_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_wide_network_compiles(unchecked, dtype):
     layer, x = mixture().to(dtype), torch.randn(7, D, dtype=dtype)
-    torch.compiler.reset()
     compiled = torch.compile(as_one_network, fullgraph=True, backend="eager")
     y = compiled(layer, x)
     assert y.dtype == dtype

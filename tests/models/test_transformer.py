@@ -473,7 +473,6 @@ def test_positions_are_exact_in_bfloat16():
 
 @pytest.mark.parametrize("final_norms", [False, True])
 def test_compiles_whole(unchecked, final_norms):
-    torch.compiler.reset()
     model = ours(final_norms=final_norms)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     expected = model(SOURCE, TARGET, SOURCE_MASK, TARGET_MASK)

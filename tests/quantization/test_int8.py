@@ -313,7 +313,6 @@ def test_one_token_alone_and_none():
 def test_compile_in_float32_and_bfloat16(unchecked, threshold):
     layer, x = Int8Linear.from_linear(linear(), threshold=threshold), halves(2, N, D, outliers=[3])
     for dtype in (torch.float32, torch.bfloat16):
-        torch.compiler.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert_close(compiled(x.to(dtype)), layer(x.to(dtype)))
 
