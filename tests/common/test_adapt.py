@@ -376,6 +376,5 @@ def test_install_and_put():
 
 
 def test_compiles_whole(unchecked):
-    torch.compiler.reset()
     model, x, _ = two()
     assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))

@@ -475,7 +475,6 @@ def test_refuses_to_save_what_a_folder_cannot_hold(tmp_path, unchecked):
 
 
 def test_compiled(folder, unchecked):
-    torch.compiler.reset()
     ours, x = load_adapter(Stack(), folder), torch.randn(B, D)
     assert_close(torch.compile(ours, fullgraph=True, backend="eager")(x), ours(x))
 

@@ -115,7 +115,6 @@ def test_parameters_in_float32_beside_a_half_precision_layer():
 
 
 def test_compiles_whole(unchecked):
-    torch.compiler.reset()
     kind = KINDS["DoRA"]
     _, ours, _ = pair(partial(DoRA, **kind), config(**kind))
     x = torch.randn(B, T, D)

@@ -69,7 +69,6 @@ def test_half_precision():
 
 
 def test_compiles_whole(unchecked):
-    torch.compiler.reset()
     _, ours, _ = both()
     x = torch.randn(B, T, D)
     assert_close(torch.compile(ours, fullgraph=True, backend="eager")(x), ours(x))

@@ -100,7 +100,6 @@ def test_half_precision():
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_compiles_whole(kind, unchecked):
-    torch.compiler.reset()
     _, ours, _ = pair(partial(LoKr, **kind), config(**kind))
     x = torch.randn(B, T, D)
     assert_close(torch.compile(ours, fullgraph=True, backend="eager")(x), ours(x))

@@ -217,7 +217,6 @@ def test_all_in_bfloat16():
 
 
 def test_compiles_whole(unchecked):
-    torch.compiler.reset()
     kind = KINDS["LoRA"]
     _, ours, _ = pair(partial(LoRA, **kind), config(**kind))
     x = torch.randn(B, T, D)

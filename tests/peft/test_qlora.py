@@ -324,7 +324,6 @@ def test_the_unpacked_weight_is_not_kept_for_the_backward_pass():
 
 @pytest.mark.parametrize("double", [False, True])
 def test_compile_gives_the_same(unchecked, double):
-    torch.compiler.reset()
     ours = NF4Linear(nn.Linear(70, 30), double_quantization=double)
     x = torch.randn(2, 5, 70, requires_grad=True)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
