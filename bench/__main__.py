@@ -1,9 +1,9 @@
-"""Ours against its peers: `python -m bench [engine | modules | models]`.
+"""Ours against its peers: `python -m bench [engine | modules | models | adapters]`.
 
 All runs of one comparison are interleaved, and what is printed are ratios of medians: on a
 noisy machine seconds mean little. The engine builds generated sites, whose pages hold six prose
 and six code cells and one figure, and import torch, matplotlib and a small local package. The
-modules and models do the work of their counterparts in transformers or torch.
+modules, models and adapters do the work of their counterparts in transformers, torch or peft.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .sites import make_site
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parts = {"engine": engine, "modules": modules, "models": models}
+    parts = {"engine": engine, "modules": modules, "models": models, "adapters": adapters}
     parser.add_argument("part", nargs="?", choices=parts, help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     arguments = parser.parse_args()
@@ -45,6 +45,17 @@ def models(rounds: int) -> None:
     tell("of our time, reading the weights once a token", share_of_floor(pair, floor, 3))
     for pair in pairs():
         tell(f"{pair.name}, against {pair.peer}", ratio(pair, max(5, rounds)))
+
+
+def adapters(rounds: int) -> None:
+    from .adapters import peaks, steps
+    from .modules import ratio
+
+    pair = steps()
+    tell(f"{pair.name}, against {pair.peer}", ratio(pair, max(9, rounds)), pair.bound)
+    ours, theirs = peaks(pair)
+    print(f"   (peak memory of a step: ours {ours / 1e6:.0f} MB, peft {theirs / 1e6:.0f} MB)")
+    tell("peak memory of that step, against peft's", ours / theirs)
 
 
 def engine(rounds: int) -> None:
