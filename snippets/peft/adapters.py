@@ -106,12 +106,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     Raises:
         CheckpointError: a file is missing, damaged or a pickle; a method, option or way to
             start isn't supported; a name matches nothing; tensors are missing, unexpected or
-            of another shape. All by name; the model is as before then, but frozen.
+            of another shape; PiSSA has no W to start from, or has changed it. All by name; the
+            model is as before then, but frozen.
     """
     config, tensors = read_adapter(folder)
     options = checked_options(config, folder)
     try:
         layers = new_layers(model, options, name)
+        check_start(model, layers, options)
         wanted = places(model, layers, options)
         load_tensors(model, layers, wanted, tensors, options, folder)
     except CheckpointError:
@@ -214,6 +216,28 @@ def new_layers(model: nn.Module, options: dict[str, Any], name: str) -> dict[str
         alpha = pattern_value(options["alpha_pattern"], path, options[alpha_key])
         layers[path] = methods[kind](layer, r=rank, name=name, **{alpha_key: alpha}, **more)
     return layers
+
+
+def check_start(model: nn.Module, layers: dict[str, Adapter], options: dict[str, Any]) -> None:
+    """Whether the layers find the W they were trained beside: PiSSA takes its part out of it.
+
+    Raises:
+        ValueError: an adapter of the model has done so, or the folder's can't.
+    """
+    for path, layer in switched(model):
+        if getattr(layer, "pissa", False):
+            raise ValueError(f"{path}: W lacks what PiSSA took out of it for {layer.name!r}")
+    if options.get("init_lora_weights") != "pissa":
+        return
+    for path, layer in layers.items():
+        linear = layer.base_layer
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"{path}: PiSSA changes W: {type(linear).__name__} has no plain matrix"
+            )
+        if layer.r > min(linear.weight.shape):
+            o, i = linear.weight.shape
+            raise ValueError(f"{path}: PiSSA: r={layer.r} is above the rank of W, {o} x {i}")
 
 
 def places(

@@ -381,6 +381,34 @@ def test_an_adapted_head_that_peft_saves_must_be_the_models_own(tmp_path):
     refuses(tmp_path, said, base)
 
 
+def test_pissa_needs_a_plain_matrix_of_its_rank(tmp_path, unchecked):
+    base = Stack()
+    quiet(trained_by_peft, base, CONFIGS["PiSSA"], tmp_path / "pissa")
+    quiet(trained_by_peft, base, CONFIGS["LoRA"], tmp_path / "lora")
+    # Under another adapter, where `start_from_principal_part` would fail on a model half changed.
+    loaded = load_adapter(copy.deepcopy(base), tmp_path / "lora", name="first")
+    refuses(tmp_path / "pissa", "fc1: PiSSA changes W: LoRA has no plain matrix", loaded)
+    small = nn.ModuleDict({"fc": nn.Linear(20, 3)})
+    quiet(trained_by_peft, small, LoraConfig(r=4, target_modules=["fc"]), tmp_path / "high")
+    edit(tmp_path / "high", init_lora_weights="pissa")
+    refuses(tmp_path / "high", "fc: PiSSA: r=4 is above the rank of W, 3 x 20", small)
+    small = nn.ModuleDict({"fc": nn.Linear(20, 4)})  # the highest that there can be
+    quiet(trained_by_peft, small, LoraConfig(r=4, target_modules=["fc"]), tmp_path / "high")
+    edit(tmp_path / "high", init_lora_weights="pissa")
+    assert load_adapter(small, tmp_path / "high").fc.pissa
+
+
+def test_a_w_that_pissa_changed_is_no_base_for_another_adapter(tmp_path, unchecked):
+    base = Stack()
+    quiet(trained_by_peft, base, CONFIGS["PiSSA"], tmp_path / "pissa")
+    config = LoraConfig(**LORA, target_modules=["lm_head"])
+    quiet(trained_by_peft, base, config, tmp_path / "elsewhere")
+    loaded = load_adapter(base, tmp_path / "pissa", name="first")
+    said = "fc1: W lacks what PiSSA took out of it for 'first'"
+    refuses(tmp_path / "elsewhere", said, loaded)
+    refuses(tmp_path / "pissa", said, loaded)
+
+
 def test_refuses_files(tmp_path, folder):
     refuses(tmp_path / "nowhere", "there is no folder .*nowhere")
     file = folder / "adapter_model.safetensors"
