@@ -95,22 +95,22 @@ def ranks_for_budget(
     def needed(r: int) -> int:
         return trained_numbers(layers, method, dict.fromkeys(layers, r))
 
-    if (least := needed(1)) > budget:
-        raise ValueError(f"{budget=}, but rank 1 needs {least}")
+    if (count := needed(1)) > budget:
+        raise ValueError(f"{budget=}, but rank 1 needs {count}")
     fits, above = 1, 2
-    while needed(above) <= budget:
-        if needed(above) == needed(fits):  # a factor that is stored whole
-            raise ValueError(f"{budget=}, but no rank needs more than {needed(fits)}")
-        fits, above = above, 2 * above
+    while (more := needed(above)) <= budget:
+        if more == count:  # factors that are stored whole
+            raise ValueError(f"{budget=}, but no rank needs more than {count}")
+        fits, above, count = above, 2 * above, more
     while above - fits > 1:
         middle = (fits + above) // 2
         fits, above = (middle, above) if needed(middle) <= budget else (fits, middle)
 
     ranks = dict.fromkeys(layers, fits)
     for path in () if one_rank else layers:
-        more = ranks | {path: fits + 1}
-        if trained_numbers(layers, method, more) <= budget:
-            ranks = more
+        raised = ranks | {path: fits + 1}
+        if trained_numbers(layers, method, raised) <= budget:
+            ranks = raised
     return ranks
 
 
