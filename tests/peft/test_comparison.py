@@ -161,7 +161,7 @@ def test_refuses_budgets_that_no_rank_has(unchecked):
     assert ranks_for_budget(layers, METHODS["LoKr"], whole - 1)
     with pytest.raises(ValueError, match=r"method='Lora' isn't one of LoRA, rsLoRA, PiSSA"):
         adapt_to_budget(Stack(), TARGETS, "Lora", 900)
-    with pytest.raises(ValueError, match=r"share a pair have one rank, not \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"^layers that share a pair have one rank, not \[2, 5\]$"):
         with_one_pair(layers, {"fc1": 5, "inner.0": 2, "fc2": 5})
 
 
