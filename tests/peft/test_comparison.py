@@ -142,6 +142,8 @@ def test_what_is_left_goes_on_to_later_layers():
     """After one to which it doesn't go: fc1 needs 56 more, inner.0 64, fc2 40."""
     layers = linear_layers(Stack(), TARGETS)
     lora = METHODS["LoRA"]
+    for r in (1, 2, 3, 4):  # a budget that is met to the last number
+        assert ranks_for_budget(layers, lora, 160 * r, one_rank=True) == dict.fromkeys(layers, r)
     for left, more in {39: "", 40: "fc2", 55: "fc2", 56: "fc1", 96: "fc1 fc2"}.items():
         found = ranks_for_budget(layers, lora, 2 * 160 + left)
         assert found == {path: 2 + (path in more.split()) for path in layers}
