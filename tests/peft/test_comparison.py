@@ -161,7 +161,7 @@ def test_refuses_budgets_that_no_rank_has(unchecked):
     with pytest.raises(ValueError, match=f"^budget=900, but no rank needs more than {whole}$"):
         ranks_for_budget(layers, METHODS["LoKr"], 900)
     assert ranks_for_budget(layers, METHODS["LoKr"], whole - 1)
-    with pytest.raises(ValueError, match=r"method='Lora' isn't one of LoRA, rsLoRA, PiSSA"):
+    with pytest.raises(ValueError, match=r"^method='Lora' isn't one of LoRA, rsLoRA, PiSSA"):
         adapt_to_budget(Stack(), TARGETS, "Lora", 900)
     with pytest.raises(ValueError, match=r"^layers that share a pair have one rank, not \[2, 5\]$"):
         with_one_pair(layers, {"fc1": 5, "inner.0": 2, "fc2": 5})
@@ -285,9 +285,9 @@ def test_height():
 def test_refuses_what_it_cannot_train_together(unchecked):
     models = several("LoRA")
     batches = torch.randint(V, (2, 3, 4, T + 1))
-    said = "not one of each: {} models, {} rates, batches for {}"
+    said = "^not one of each: {} models, {} rates, batches for {}"
     for count, rates, groups in ((2, 3, 3), (3, 2, 3), (3, 3, 2)):
-        with pytest.raises(ValueError, match=said.format(count, rates, groups)):
+        with pytest.raises(ValueError, match=said.format(count, rates, groups) + "$"):
             train_together(models[:count], batches[:, :groups], learning_rates=RATES[:rates])
     with torch.no_grad():
         innermost(models[2][3]).weight[0, 0] += 0.1
