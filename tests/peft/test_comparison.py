@@ -305,8 +305,11 @@ def test_losses_are_means_over_all_tokens_but_the_first():
     terms = [-log_p[b, t, texts[b, t + 1]] for b in range(3) for t in range(T)]
     expected = torch.stack(terms).mean()
     assert_close(token_loss(model(texts[:, :-1]), texts), expected)
+    graphs = []
+    model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     found = held_out_loss(model, texts)
     assert isinstance(found, float) and found == pytest.approx(expected.item())
+    assert graphs == [False], "a graph is kept, which nothing will use"
 
 
 def test_half_precision():
