@@ -58,11 +58,12 @@ class Retrained(Switched):
 
     @property
     def weight(self) -> Tensor:
-        # Of heads and embeddings, which models also read directly.
+        """Of a head or an embedding, whose matrix models also read directly."""
         return self.current.weight
 
     @property
     def bias(self) -> Tensor | None:
+        """Of the copy, or of what is frozen beneath it."""
         return self.current.bias
 
     def forward(self, *inputs):
@@ -111,6 +112,7 @@ class Adapter(Switched):
 
     @property
     def merged(self) -> bool:
+        """Whether the change has been added to W itself."""
         return self.unmerged is not None
 
     @property
@@ -123,6 +125,7 @@ class Adapter(Switched):
 
     @property
     def bias(self) -> Tensor | None:
+        """The frozen layer's, if it has one."""
         return getattr(self.base_layer, "bias", None)
 
     @torch.no_grad()

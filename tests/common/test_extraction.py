@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from snippets.common.extraction import (
 )
 from snippets.common.generate import generate
 from snippets.models.llama import Llama
+from weights import smollm2
 
-FOLDER = "build/weights/smollm2"
+ROOT = Path(__file__).parents[2]
 
 
 class Letters:
@@ -98,8 +100,9 @@ def test_one_wrong_token_is_no_match():
 
 
 def test_matches_exactly_where_greedy_decoding_gives_the_answer():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
-    model = Llama.from_pretrained(FOLDER, dtype=torch.float32)
+    folder = smollm2.prepare(ROOT)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = Llama.from_pretrained(folder, dtype=torch.float32)
     pairs = sentences(2, seed=0, held_out=True)
     for prompt, answer in pairs:
         ids, labels = encode([(prompt, answer)], tokenizer)
