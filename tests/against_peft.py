@@ -122,3 +122,15 @@ def same_as_peft(make, config, base: nn.Module | None = None, **options) -> None
     assert (ours(x) - base(x)).abs().max() > 1e-2
     same_training(ours, theirs, x)
     same_merged(ours, theirs, x)
+
+
+def same_with_dropout(make, config) -> None:
+    """The same numbers are dropped from the same seed, and none in evaluation mode."""
+    _, ours, theirs = pair(make, config)
+    x, outputs = torch.randn(B, T, D), []
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        outputs.append(model.train()(x))
+    assert_close(*outputs)
+    assert (outputs[0] - ours.eval()(x)).abs().max() > 0.01
+    assert_close(ours(x), theirs.eval()(x))
