@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
@@ -239,33 +238,35 @@ def run_from(
 
 
 def token_losses(
-    logits: Float[Tensor, "b t v"], input_ids: Int[Tensor, "b t"]
+    log_probs: Float[Tensor, "b t v"], input_ids: Int[Tensor, "b t"]
 ) -> Float[Tensor, "b t-1"]:
-    """-log p of each token but the first, in nats. exp of the mean is the perplexity."""
-    return F.cross_entropy(logits[:, :-1].float().mT, input_ids[:, 1:], reduction="none")
+    """-log p of each token but the first, in nats; exp of their mean is the perplexity."""
+    return -log_probs[:, :-1].gather(-1, input_ids[:, 1:, None])[..., 0]
 
 
 def perplexity_ratio(
     losses: Float[Tensor, "*n"], reference: Float[Tensor, "*n"]
 ) -> tuple[float, float]:
-    """Perplexity over the reference's on the same tokens, and its standard error.
+    """Perplexity over the reference's, exp(mean(losses - reference)), and its standard error.
 
-    exp(mean(losses - reference)). Taken token by token, so that what makes a token hard for
-    both drops out; the error takes the differences for independent.
+    Token by token, so that what makes a token hard for both drops out. The error takes the
+    differences for independent.
+
+    Raises:
+        ValueError: losses of other tokens, or fewer than two.
     """
     if losses.shape != reference.shape or losses.numel() < 2:
-        raise ValueError(f"losses of {tuple(losses.shape)} and {tuple(reference.shape)}")
+        raise ValueError(f"losses of {tuple(losses.shape)} against {tuple(reference.shape)}")
     change = (losses - reference).double()
     ratio = change.mean().exp().item()
     return ratio, ratio * change.std().item() / change.numel() ** 0.5
 
 
 def divergence(
-    logits: Float[Tensor, "b t v"], reference: Float[Tensor, "b t v"]
+    log_probs: Float[Tensor, "b t v"], reference: Float[Tensor, "b t v"]
 ) -> Float[Tensor, "b t"]:
-    """KL(reference || model) at each token: sum_v p log(p / q), p the reference's, in nats.
+    """KL(p || q) = sum_v p log(p / q) at each token, in nats; p is the reference's.
 
-    What the quantized model loses on average if the reference's predictions are the truth.
+    By how much the loss would rise on text for which the reference's predictions are the truth.
     """
-    p, q = (y.float().log_softmax(-1) for y in (reference, logits))
-    return (p.exp() * (p - q)).sum(-1)
+    return (reference.exp() * (reference - log_probs)).sum(-1)
