@@ -3,7 +3,7 @@
 A way takes a linear layer, and its inputs on some text if it wants them. It gives the tensors
 that a file would hold, and a layer that computes with what they stand for.
 
-Axes: b text, t token, d input column or hidden size, n output row, g group, p byte,
+Axes: b text, t token, d input column or hidden size, n output row, g group,
 f frequency, v vocabulary; *rows are batch, token.
 """
 
@@ -66,17 +66,17 @@ def to_llm_int8(linear: nn.Linear, x: Inputs = None) -> Stored:
 
 
 def on_grid(
-    packed: UInt8[Tensor, "n p"],
+    codes: UInt8[Tensor, "n d"],
     step: Float[Tensor, "n g"],
     zero: UInt8[Tensor, "n g"],
     bias: Float[Tensor, " n"] | None,
     *,
     bits: int,
 ) -> Stored:
-    """Codes with a step and a zero for each group of neighbours, the step stored in float16."""
+    """Codes, packed, with a step in float16 and a zero for each group of neighbours."""
     half = step.half()
-    values = from_codes(unpack(packed, bits=bits), half.to(step.dtype), zero)
-    return Stored((packed, half, zero), dense(values, bias))
+    values = from_codes(codes, half.to(step.dtype), zero)
+    return Stored((pack(codes, bits=bits), half, zero), dense(values, bias))
 
 
 def to_nearest(
@@ -84,7 +84,7 @@ def to_nearest(
 ) -> Stored:
     """Round to nearest on the grids of `fit_grid`."""
     codes, step, zero, _ = rtn(linear.weight.detach(), bits=bits, group_size=group_size)
-    return on_grid(pack(codes, bits=bits), step, zero, linear.bias, bits=bits)
+    return on_grid(codes, step, zero, linear.bias, bits=bits)
 
 
 def to_gptq(
@@ -104,7 +104,7 @@ def to_gptq(
         act_order=act_order,
         static_groups=act_order,
     )
-    return on_grid(pack(codes, bits=bits), step, zero, linear.bias, bits=bits)
+    return on_grid(codes, step, zero, linear.bias, bits=bits)
 
 
 def to_nf4(
@@ -190,7 +190,8 @@ def quantize_layers_by_awq(
         )
         found = {n: part for n, part in layer.named_modules() if isinstance(part, AWQLinear)}
         for name, part in found.items():
-            made = on_grid(part.packed, part.step, part.zero, part.bias, bits=bits)
+            codes = unpack(part.packed, bits=bits)
+            made = on_grid(codes, part.step, part.zero, part.bias, bits=bits)
             put(layer, name, made.layer)
             kept += made.tensors
         x = layer(x, *inputs)
@@ -269,4 +270,4 @@ def divergence(
 
     By how much the loss would rise on text for which the reference's predictions are the truth.
     """
-    return (reference.exp() * (reference - log_probs)).sum(-1)
+    return torch.einsum("btv,btv->bt", reference.exp(), reference - log_probs)
