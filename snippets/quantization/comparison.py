@@ -37,26 +37,29 @@ Way = Callable[[nn.Linear, Inputs], Stored]
 # cost more than all the rest here and change nothing.
 
 
-def dense(values: Float[Tensor, "n d"], bias: Float[Tensor, " n"] | None) -> nn.Linear:
-    """A layer of these weights, which no training changes."""
+def dense(
+    values: Float[Tensor, "n d"], bias: Float[Tensor, " n"] | None, dtype: torch.dtype
+) -> nn.Linear:
+    """A frozen layer of these weights."""
     n, d = values.shape
     layer = nn.Linear(d, n, bias=False, device="meta")
-    layer.weight = nn.Parameter(values, requires_grad=False)
-    layer.bias = bias
+    layer.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return layer
 
 
 def to_float16(linear: nn.Linear, x: Inputs = None) -> Stored:
     """Not quantized: what checkpoints hold."""
     half = linear.weight.detach().half()
-    return Stored((half,), dense(half.to(linear.weight.dtype), linear.bias))
+    return Stored((half,), dense(half, linear.bias, linear.weight.dtype))
 
 
 def to_int8(linear: nn.Linear, x: Inputs = None, *, per_row: bool = True) -> Stored:
     """Absmax in 8 bits: a scale in float32 for each row, or one for the whole matrix."""
     q, absmax = absmax_quantize(linear.weight.detach(), -1 if per_row else None)
-    values = absmax_dequantize(q, absmax).to(linear.weight.dtype)
-    return Stored((q, absmax), dense(values, linear.bias))
+    values = absmax_dequantize(q, absmax)
+    return Stored((q, absmax), dense(values, linear.bias, linear.weight.dtype))
 
 
 def to_llm_int8(linear: nn.Linear, x: Inputs = None) -> Stored:
@@ -70,13 +73,14 @@ def on_grid(
     step: Float[Tensor, "n g"],
     zero: UInt8[Tensor, "n g"],
     bias: Float[Tensor, " n"] | None,
+    dtype: torch.dtype,
     *,
     bits: int,
 ) -> Stored:
     """Codes, packed, with a step in float16 and a zero for each group of neighbours."""
     half = step.half()
-    values = from_codes(codes, half.to(step.dtype), zero)
-    return Stored((pack(codes, bits=bits), half, zero), dense(values, bias))
+    values = from_codes(codes, half.float(), zero)
+    return Stored((pack(codes, bits=bits), half, zero), dense(values, bias, dtype))
 
 
 def to_nearest(
@@ -84,7 +88,7 @@ def to_nearest(
 ) -> Stored:
     """Round to nearest on the grids of `fit_grid`."""
     codes, step, zero, _ = rtn(linear.weight.detach(), bits=bits, group_size=group_size)
-    return on_grid(codes, step, zero, linear.bias, bits=bits)
+    return on_grid(codes, step, zero, linear.bias, linear.weight.dtype, bits=bits)
 
 
 def to_gptq(
@@ -104,7 +108,7 @@ def to_gptq(
         act_order=act_order,
         static_groups=act_order,
     )
-    return on_grid(codes, step, zero, linear.bias, bits=bits)
+    return on_grid(codes, step, zero, linear.bias, linear.weight.dtype, bits=bits)
 
 
 def to_nf4(
@@ -117,8 +121,8 @@ def to_nf4(
     """NF4 as bitsandbytes stores it; the tables, which never change, aren't counted."""
     layer = NF4Linear(linear, block_size=block_size, double_quantization=double_quantization)
     kept = {name: buffer for name, buffer in layer.named_buffers() if "quant_map" not in name}
-    values = layer.dequantize().to(linear.weight.dtype)
-    return Stored(tuple(kept.values()), dense(values, linear.bias))
+    values = layer.dequantize()
+    return Stored(tuple(kept.values()), dense(values, linear.bias, linear.weight.dtype))
 
 
 def to_blocks(
@@ -128,7 +132,7 @@ def to_blocks(
     if fallback is not None and linear.in_features % format_of(kind).columns:
         kind = fallback
     blocks = quantize(linear.weight.detach(), kind)
-    return Stored((blocks.data,), dense(dequantize(blocks).to(linear.weight.dtype), linear.bias))
+    return Stored((blocks.data,), dense(dequantize(blocks), linear.bias, linear.weight.dtype))
 
 
 # Layers
@@ -191,7 +195,7 @@ def quantize_layers_by_awq(
         found = {n: part for n, part in layer.named_modules() if isinstance(part, AWQLinear)}
         for name, part in found.items():
             codes = unpack(part.packed, bits=bits)
-            made = on_grid(codes, part.step, part.zero, part.bias, bits=bits)
+            made = on_grid(codes, part.step, part.zero, part.bias, part.step.dtype, bits=bits)
             put(layer, name, made.layer)
             kept += made.tensors
         x = layer(x, *inputs)
