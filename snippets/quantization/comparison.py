@@ -189,9 +189,7 @@ def quantize_layers_by_awq(
     """The same by AWQ, which works on whole layers: its scales go into norms and neighbours."""
     kept = []
     for layer in layers:
-        quantize_layer(
-            layer, x, *inputs, bits=bits, group_size=group_size, steps=steps, clip=clip
-        )
+        quantize_layer(layer, x, *inputs, bits=bits, group_size=group_size, steps=steps, clip=clip)
         found = {n: part for n, part in layer.named_modules() if isinstance(part, AWQLinear)}
         for name, part in found.items():
             codes = unpack(part.packed, bits=bits)
