@@ -32,6 +32,7 @@ class Stored(NamedTuple):
 
 Inputs = Float[Tensor, "*rows d"] | None
 Way = Callable[[nn.Linear, Inputs], Stored]
+Layers = nn.ModuleList | Sequence[LlamaLayer]
 
 # Ways. What computes is a plain layer of the values, since unpacking them at each call would
 # cost more than all the rest here and change nothing.
@@ -140,7 +141,7 @@ def to_blocks(
 
 @torch.no_grad()
 def quantize_layers(
-    layers: Sequence[LlamaLayer],
+    layers: Layers,
     way: Way,
     x: Float[Tensor, "b t d"] | None = None,
     *inputs: Tensor | tuple[Tensor, Tensor],
@@ -178,7 +179,7 @@ def quantize_layers(
 
 @torch.no_grad()
 def quantize_layers_by_awq(
-    layers: Sequence[LlamaLayer],
+    layers: Layers,
     x: Float[Tensor, "b t d"],
     *inputs: Tensor | tuple[Tensor, Tensor],
     bits: int,
@@ -230,7 +231,7 @@ def run_to(
 @torch.no_grad()
 def run_from(
     model: Llama,
-    layers: Sequence[LlamaLayer],
+    layers: Layers,
     x: Float[Tensor, "b t d"],
     rotation: tuple[Float[Tensor, "t f"], Float[Tensor, "t f"]],
 ) -> Float[Tensor, "b t v"]:

@@ -320,6 +320,7 @@ def test_each_layer_is_calibrated_on_the_output_of_the_quantized_ones():
     layers, got = copy.deepcopy(ours.model.layers), []
 
     def way(part, x):
+        assert not torch.is_grad_enabled()
         got.append(x)
         return to_nearest(part, x, bits=2)
 
@@ -327,17 +328,11 @@ def test_each_layer_is_calibrated_on_the_output_of_the_quantized_ones():
     assert len(got) == 3 * LINEARS and got[0] is got[1] is got[2]
     for number, layer in enumerate(ours.model.layers):
         assert_close(got[LINEARS * number], layer.input_layernorm(x))
-        names = dict(copy.deepcopy(layer).named_modules())
         attention = layer.self_attn(layer.input_layernorm(x), rotation)
         normed = layer.post_attention_layernorm(x + attention)
         assert_close(got[LINEARS * number + 4], normed)
-        assert "mlp.down_proj" in names
         x = layers[number](x, rotation)
-    assert (x - run_from_exact(ours, ids)).norm() > 0.1
-
-
-def run_from_exact(ours, ids):
-    return run_to(ours, ids, 3)[0]
+    assert (x - run_to(ours, ids, 3)[0]).norm() > 0.1
 
 
 def test_nothing_is_run_for_ways_that_want_no_inputs():
@@ -398,8 +393,11 @@ def test_awqs_later_layers_see_what_the_quantized_ones_give():
     ours, ids = model(2), torch.randint(31, (4, 20))
     given = run_to(ours, ids, 0)
     options = {"bits": 2, "group_size": 16, "steps": 4}
-    layers = copy.deepcopy(ours.model.layers)
+    layers, enabled = copy.deepcopy(ours.model.layers), []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
     quantize_layers_by_awq(layers, *given, **options)
+    assert len(enabled) == 4 and not any(enabled)
     alone = copy.deepcopy(ours.model.layers)
     x = layers[0](*given)
     quantize_layers_by_awq(alone[1:], x, given[1], **options)
@@ -507,7 +505,8 @@ def test_the_error_of_the_ratio_is_its_spread():
     ratios, errors = zip(
         *(perplexity_ratio(old + 0.3 * torch.randn(400), old) for _ in range(800)), strict=True
     )
-    assert torch.tensor(errors).mean() == pytest.approx(torch.tensor(ratios).std(), rel=0.1)
+    spread = torch.tensor(ratios).std().item()
+    assert sum(errors) / 800 == pytest.approx(spread, rel=0.1)
 
 
 def test_refuses_losses_of_other_tokens(unchecked):
