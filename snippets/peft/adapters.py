@@ -230,14 +230,10 @@ def check_start(model: nn.Module, layers: dict[str, Adapter], options: dict[str,
     if options.get("init_lora_weights") != "pissa":
         return
     for path, layer in layers.items():
-        linear = layer.base_layer
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(
-                f"{path}: PiSSA changes W: {type(linear).__name__} has no plain matrix"
-            )
-        if layer.r > min(linear.weight.shape):
-            o, i = linear.weight.shape
-            raise ValueError(f"{path}: PiSSA: r={layer.r} is above the rank of W, {o} x {i}")
+        try:
+            layer.refuse_no_principal_part()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def places(

@@ -80,15 +80,24 @@ class LoRA(Adapter):
         The outputs are as before, but W isn't: a saved adapter of this kind needs the
         original W, of which this is done again.
         """
+        self.refuse_no_principal_part()
         linear = self.base_layer
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"PiSSA changes W: {type(linear).__name__} has no plain matrix")
-        if self.r > min(linear.weight.shape):
-            o, i = linear.weight.shape
-            raise ValueError(f"PiSSA: r={self.r} is above the rank of W, {o} x {i}")
         u, s, vh = torch.linalg.svd(dense_weight(linear).float(), full_matrices=False)
         root = (s[: self.r] / self.scaling).sqrt()  # r
         self.lora_A.weight.copy_(root[:, None] * vh[: self.r])
         self.lora_B.weight.copy_(u[:, : self.r] * root)
         linear.weight.copy_(linear.weight.float() - self.delta_weight().float())
         self.pissa = True
+
+    def refuse_no_principal_part(self) -> None:
+        """PiSSA takes r singular vectors out of a plain W.
+
+        Raises:
+            ValueError: W isn't stored as a plain matrix, or has fewer than r.
+        """
+        linear = self.base_layer
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"PiSSA changes W: {type(linear).__name__} has no plain matrix")
+        if self.r > min(linear.weight.shape):
+            o, i = linear.weight.shape
+            raise ValueError(f"PiSSA: r={self.r} is above the rank of W, {o} x {i}")
