@@ -40,6 +40,12 @@ class Publisher(DisplayPublisher):
 
 
 class ResultHook(DisplayHook):
+    cell = ""  # the running one
+
+    def quiet(self) -> bool:
+        """A semicolon at the end hides the result. IPython looks in its history, which is off."""
+        return self.semicolon_at_end_of_expression(self.cell)
+
     def write_format_data(self, format_dict, md_dict=None):
         self.shell.display_pub.publish(format_dict, md_dict)
 
@@ -86,6 +92,7 @@ def run_page(job: dict, starting_cell) -> dict:
     for number, code in enumerate(job["cells"], start=1):
         starting_cell(number)
         OUTPUTS.clear()
+        shell.displayhook.cell = shell.transform_cell(code)
         success = shell.run_cell(code, store_history=False).success
         outputs.append(list(OUTPUTS))
         if not success:

@@ -142,6 +142,7 @@ def test_outputs(project):
         "site_src/a.md",
         f"```python\n{rich}\n```\n\n"
         "```python stderr\nimport sys\nprint('asked for', file=sys.stderr)\n```\n\n"
+        "```python\n'unsaid';  # hidden\n```\n\n"
         "```python\nprint('not asked for', file=sys.stderr)\nprint('\\x1b[31mred\\x1b[0m')\n"
         "print('10%\\r100%')\nassert sys.stderr\n```\n\n"
         '```python alt="A box" caption="The *box*"\n'
@@ -154,6 +155,7 @@ def test_outputs(project):
     order = ["<table>", "| *b* |", "between", "{'last': 1}", "asked for", "red\n100%", "![A box]"]
     assert [text.index(x) for x in order] == sorted(text.index(x) for x in order)
     assert "not asked for\n```" not in text and "\x1b" not in text
+    assert text.count("unsaid") == 1  # in the source
     assert (
         '{ .output .figure width="40" height="30" loading=lazy }\n\nThe *box*\n{ .caption }' in text
     )
