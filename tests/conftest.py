@@ -22,13 +22,18 @@ install_import_hook("snippets", "beartype.beartype")
 ROOT = Path(__file__).parents[1]
 
 
+def shared(tmp_path_factory, worker_id: str) -> Path:
+    """The folder that all workers of this run have in common."""
+    ours = tmp_path_factory.getbasetemp()
+    return ours if worker_id == "master" else ours.parent
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory, worker_id) -> Path:
     """The real site, built strictly; once for all workers."""
-    ours = tmp_path_factory.getbasetemp()
-    shared = ours if worker_id == "master" else ours.parent
-    folder, built = shared / "site", shared / "site.built"
-    with FileLock(shared / "site.lock"):
+    common = shared(tmp_path_factory, worker_id)
+    folder, built = common / "site", common / "site.built"
+    with FileLock(common / "site.lock"):
         if not built.exists():
             command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -10,11 +10,13 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from filelock import FileLock
 from nbclient import NotebookClient
 from playwright.sync_api import expect
 
 from site_build.flatten import flatten
 from site_build.pages import read_page
+from tests.conftest import shared
 from tests.examples import NAMES
 from tests.test_layout import MODULES
 
@@ -29,6 +31,7 @@ PAGES = [
     for path in sorted((ROOT / "site_src").rglob("*"))
     if path.suffix in (".md", ".ipynb")
 ]
+KINDS = ("original", "one file")
 EXECUTED = [source for source in PAGES if read_page(ROOT / "site_src", source).cells]
 
 
@@ -36,29 +39,31 @@ EXECUTED = [source for source in PAGES if read_page(ROOT / "site_src", source).c
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory) -> dict[str, dict]:
-    """What the examples give, of the originals and of the one files."""
-    folder = tmp_path_factory.mktemp("alone")
+def results(tmp_path_factory, worker_id) -> dict[str, dict]:
+    """What the examples give, of the originals and of the one files; once for all workers."""
+    folder = shared(tmp_path_factory, worker_id) / "alone"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            making = Path(f"{folder}.making")
+            run_examples(making)
+            making.rename(folder)
+    return {kind: torch.load(folder / f"{kind}.pt", weights_only=False) for kind in KINDS}
+
+
+def run_examples(folder: Path) -> None:
+    """Write one-file modules into a folder, and what they and the originals give."""
     for name in NAMES:
         path = folder / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(flatten(ROOT, f"snippets/{name}.py"))
-    running = {}
-    for kind, source in (("original", ROOT), ("one file", folder)):
-        command = [
-            sys.executable,
-            "-I",
-            ROOT / "tests/carry_alone.py",
-            source,
-            folder / f"{kind}.pt",
-        ]
-        running[kind] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder)
-    results = {}
-    for kind, process in running.items():
+    running = []
+    for kind, source in zip(KINDS, (ROOT, folder), strict=True):
+        script, target = ROOT / "tests/carry_alone.py", folder / f"{kind}.pt"
+        command = [sys.executable, "-I", script, source, target]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder))
+    for process in running:
         _, said = process.communicate()
         assert process.returncode == 0, said
-        results[kind] = torch.load(folder / f"{kind}.pt", weights_only=False)
-    return results
 
 
 @pytest.mark.parametrize("module", [module for module in CARRIED if module not in KERNELS])
