@@ -30,6 +30,9 @@ INERT = {
     "router_jitter_noise", "seq_aux", "summary_activation", "summary_first_dropout",
     "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
     "torch_dtype", "transformers.js_config", "transformers_version", "use_cache",
+    # Of vision models: dropout, and parts that the logits don't come from.
+    "attention_probs_dropout_prob", "encoder_stride", "hidden_dropout_prob", "pooler_act",
+    "pooler_output_size", "problem_type",
 }  # fmt: skip
 
 Config = TypeVar("Config")
