@@ -65,7 +65,7 @@ def resample_positions(
     return torch.cat((table[:, :1], plane.flatten(2).transpose(1, 2)), dim=1)
 
 
-def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | list | tuple) -> tuple[int, int]:
     """Height and width of a size that can be one number for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
