@@ -102,7 +102,8 @@ class ViTConfig:
             size = getattr(self, name)
             if not isinstance(size, int) and len(size) != 2:
                 raise ValueError(f"{name}={size} isn't one number, or height and width")
-            if not all(isinstance(side, int) and side > 0 for side in pair(size)):
+            sides = [size] if isinstance(size, int) else size
+            if not all(isinstance(side, int) and side > 0 for side in sides):
                 raise ValueError(f"{name}={size} isn't in whole numbers above 0")
         if 0 in self.grid:
             raise ValueError(f"image_size={self.image_size} is below patch_size={self.patch_size}")
