@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers import SamModel, SamVisionModel
 
 from snippets.common.checkpoint import CheckpointError
-from snippets.multimodal.sam import SamVisionConfig, SamVisionEncoder
+from snippets.multimodal.sam import Sam, SamVisionConfig, SamVisionEncoder
 from tests.checkpoints import edit, redraw
 
 VISION = dict(
@@ -44,8 +44,17 @@ def picture(b: int = 2, side: int = 28, channels: int = 3, seed: int = 5) -> tor
     return torch.randn(b, channels, side, side, generator=drawn)
 
 
+def louder(model):
+    """Larger weights where it shows: attention prefers some keys, and masks aren't flat."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "rel_pos" in name or name.startswith(("mask_decoder", "prompt_encoder")):
+                weight.mul_(1 if "norm" in name else 2)
+    return model
+
+
 def vision_oracle(**changes) -> SamVisionModel:
-    return redraw(SamVisionModel(transformers.SamVisionConfig(**(VISION | changes))))
+    return louder(redraw(SamVisionModel(transformers.SamVisionConfig(**(VISION | changes)))))
 
 
 @pytest.fixture
@@ -72,22 +81,99 @@ def test_the_encoder_equals_transformers(changes, tmp_path):
         assert torch.equal(output, ours(x)) and torch.equal(inner, ours.states(x, layer))
 
 
-@torch.no_grad()
-def test_the_encoder_is_read_from_a_whole_sam_and_from_bare_names(tmp_path):
-    whole = redraw(
-        SamModel(
-            transformers.SamConfig(
-                vision_config=VISION,
-                prompt_encoder_config=dict(
-                    hidden_size=16, image_size=28, patch_size=4, mask_input_channels=8
-                ),
-                mask_decoder_config=dict(hidden_size=16, num_attention_heads=2),
-            )
-        )
+PROMPT = dict(hidden_size=16, image_size=28, patch_size=4, mask_input_channels=8)
+DECODER = dict(hidden_size=16, mlp_dim=36, num_attention_heads=2, iou_head_hidden_dim=20)
+SAMS = {
+    "as published": ({}, {}, {}),
+    "four masks, three layers": ({}, {}, dict(num_multimask_outputs=4, num_hidden_layers=3)),
+    "one layer, deep scores": ({}, {}, dict(num_hidden_layers=1, iou_head_depth=5)),
+    "shallow scores, gelu": (
+        {},
+        dict(hidden_act="relu"),
+        dict(iou_head_depth=2, hidden_act="gelu"),
+    ),
+    "last attention narrower": ({}, {}, dict(attention_downsample_rate=4)),
+    "large eps": ({}, dict(layer_norm_eps=0.3), dict(layer_norm_eps=0.2)),
+    "more kinds of points": ({}, dict(num_point_embeddings=6, mask_input_channels=12), {}),
+    "prompts in other pixels": ({}, dict(image_size=14, patch_size=2), {}),
+}
+
+
+def sam_oracle(vision=(), prompt=(), decoder=()) -> SamModel:
+    config = transformers.SamConfig(
+        vision_config=VISION | dict(vision),
+        prompt_encoder_config=PROMPT | dict(prompt),
+        mask_decoder_config=DECODER | dict(decoder),
     )
-    whole.save_pretrained(tmp_path / "whole")
-    whole.vision_encoder.save_pretrained(tmp_path / "bare")
-    expected = whole.get_image_embeddings(picture())
+    return louder(redraw(SamModel(config)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    sam_oracle().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def draw(*shape: int, seed: int = 9) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+POINTS = 28 * draw(2, 3, 4, 2)
+LABELS = torch.tensor([1, 0, -1, -10, 1, 1, 0, 0, -10, -10, 1, -1] * 2).view(2, 3, 4).roll(1, 0)
+BOXES = 28 * draw(2, 3, 4, seed=10)
+MASKS = 4 * draw(2, 1, 28, 28, seed=11) - 2
+PROMPTS = {
+    "points": dict(input_points=POINTS),
+    "points, labels": dict(input_points=POINTS, input_labels=LABELS),
+    "one point": dict(input_points=POINTS[:, :1, :1], input_labels=LABELS[:, :1, :1]),
+    "boxes": dict(input_boxes=BOXES),
+    "points, boxes": dict(input_points=POINTS, input_labels=LABELS, input_boxes=BOXES),
+    "mask": dict(input_masks=MASKS),
+    "one mask for all": dict(input_masks=MASKS[:1]),
+    "all": dict(input_points=POINTS, input_labels=LABELS, input_boxes=BOXES, input_masks=MASKS),
+    "nothing": {},
+}
+
+
+@torch.no_grad()
+def same_masks(ours, theirs, **inputs) -> None:
+    expected = theirs(**inputs)
+    assert min(expected.pred_masks.std(), expected.iou_scores.std()) > 0.15
+    masks, scores = ours(**inputs)
+    assert_close(masks, expected.pred_masks)
+    assert_close(scores, expected.iou_scores)
+
+
+@pytest.mark.parametrize("changes", SAMS.values(), ids=SAMS)
+def test_masks_and_scores_equal_transformers(changes, tmp_path):
+    theirs = sam_oracle(*changes)
+    theirs.save_pretrained(tmp_path)
+    ours = Sam.from_pretrained(tmp_path)
+    same_masks(ours, theirs, pixel_values=picture(), **PROMPTS["all"])
+    same_masks(ours, theirs, pixel_values=picture(), **PROMPTS["points, labels"])
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("given", PROMPTS.values(), ids=PROMPTS)
+def test_every_kind_of_prompt(given, multimask, whole):
+    ours, theirs, seen = whole
+    same_masks(ours, theirs, image_embeddings=seen, multimask_output=multimask, **given)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Ours, theirs, and the encoder's output for two pictures."""
+    folder = tmp_path_factory.mktemp("whole")
+    theirs = sam_oracle()
+    theirs.save_pretrained(folder)
+    return Sam.from_pretrained(folder), theirs, theirs.get_image_embeddings(picture())
+
+
+@torch.no_grad()
+def test_the_encoder_is_read_from_a_whole_sam_and_from_bare_names(tmp_path, whole):
+    _, theirs, expected = whole
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.vision_encoder.save_pretrained(tmp_path / "bare")
     for name in ("whole", "bare"):
         ours = SamVisionEncoder.from_pretrained(tmp_path / name)
         assert_close(ours(picture()), expected)
