@@ -10,12 +10,10 @@ Axes: b image, i colour, y and x row and column of pixels; h and w row and colum
 p prompt, q token of a prompt, m mask, my and mx row and column of a mask.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
 from math import pi
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,6 @@ from torch import Tensor, nn
 
 from snippets.common.checkpoint import (
     CheckpointError,
-    is_a,
     load_weights,
     read_config,
     read_json,
@@ -33,7 +30,192 @@ from snippets.common.checkpoint import (
 from snippets.layers.layer_norm import LayerNorm
 from snippets.layers.swiglu import ACTIVATIONS
 
-Part = TypeVar("Part")
+# Settings
+
+
+@dataclass(frozen=True)
+class SamPartConfig:
+    """What the settings of all three parts have.
+
+    Raises:
+        ValueError: a size below 1, or an unknown activation.
+    """
+
+    hidden_size: int = 256
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        for size in fields(self):
+            if size.type is int and size.name != "window_size" and getattr(self, size.name) < 1:
+                raise ValueError(f"{size.name}={getattr(self, size.name)} is below 1")
+        if self.hidden_act not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"hidden_act={self.hidden_act!r} isn't supported; known: {known}")
+
+
+@dataclass(frozen=True)
+class SamVisionConfig(SamPartConfig):
+    """The keys of the image encoder's settings, with ViT-B's values.
+
+    Raises:
+        ValueError: a value that the encoder can't honour.
+    """
+
+    # Files of 2023 hold these too; they never did anything.
+    INERT: ClassVar[set[str]] = {"dropout", "intermediate_size", "projection_dim"}
+
+    hidden_size: int = 768
+    output_channels: int = 256
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 1024
+    patch_size: int = 16
+    qkv_bias: bool = True
+    mlp_ratio: float = 4.0
+    mlp_dim: int | None = None  # mlp_ratio · hidden_size, unless given
+    use_abs_pos: bool = True
+    use_rel_pos: bool = True
+    window_size: int = 14  # in tokens; 0: every layer sees everything
+    global_attn_indexes: list | tuple = (2, 5, 8, 11)  # of the layers that see everything
+    num_pos_feats: int = 128  # frequencies for the places of prompts
+    scale: int | float | None = None  # how far transformers spreads them in a fresh model
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"uneven: hidden_size={self.hidden_size}, "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.grid_size < 1:
+            raise ValueError(
+                f"no patch: image_size={self.image_size}, patch_size={self.patch_size}"
+            )
+        if self.window_size < 0:
+            raise ValueError(f"window_size={self.window_size} is below 0")
+        if self.inner_size < 1:
+            raise ValueError(f"mlp_dim={self.inner_size} is below 1")
+        if not all(isinstance(number, int) for number in self.global_attn_indexes):
+            raise ValueError(f"global_attn_indexes={self.global_attn_indexes} aren't whole numbers")
+
+    @property
+    def inner_size(self) -> int:
+        """Of the network behind attention."""
+        return int(self.hidden_size * self.mlp_ratio) if self.mlp_dim is None else self.mlp_dim
+
+    @property
+    def grid_size(self) -> int:
+        """Patches on a side of the image; what is left over of the pixels isn't seen."""
+        return self.image_size // self.patch_size
+
+    def window(self, number: int) -> int:
+        """The side of the windows in the layer of this number, from 0; 0: it sees everything."""
+        return 0 if number in self.global_attn_indexes else self.window_size
+
+
+@dataclass(frozen=True)
+class SamPromptEncoderConfig(SamPartConfig):
+    """The keys of `prompt_encoder_config`, with the values of all published SAMs.
+
+    Raises:
+        ValueError: a value that the prompt encoder can't honour.
+    """
+
+    image_size: int = 1024  # in whose pixels prompts are given
+    patch_size: int = 16
+    image_embedding_size: int | None = None  # image_size // patch_size
+    mask_input_channels: int = 16
+    num_point_embeddings: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mask_input_channels % 4:
+            raise ValueError(f"mask_input_channels={self.mask_input_channels} isn't 4, 8, 12, …")
+        if self.num_point_embeddings < 4:
+            raise ValueError(
+                f"num_point_embeddings={self.num_point_embeddings} is below 4: outside, inside, "
+                "two corners of a box"
+            )
+        if self.image_embedding_size not in (None, self.grid_size):
+            raise ValueError(
+                f"image_embedding_size={self.image_embedding_size} isn't {self.image_size} // "
+                f"{self.patch_size}"
+            )
+
+    @property
+    def grid_size(self) -> int:
+        return self.image_size // self.patch_size
+
+
+# transformers has `attention_downsample_rate` in the last attention alone, and this elsewhere.
+BLOCK_RATE = 2
+
+
+@dataclass(frozen=True)
+class SamMaskDecoderConfig(SamPartConfig):
+    """The keys of `mask_decoder_config`, with the values of all published SAMs.
+
+    Raises:
+        ValueError: a value that the decoder can't honour.
+    """
+
+    hidden_act: str = "relu"
+    mlp_dim: int = 2048
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 8
+    attention_downsample_rate: int = 2
+    num_multimask_outputs: int = 3
+    iou_head_depth: int = 3
+    iou_head_hidden_dim: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        d, n = self.hidden_size, self.num_attention_heads
+        if self.iou_head_depth < 2:
+            raise ValueError(f"iou_head_depth={self.iou_head_depth} is below 2")
+        if d % 8:  # masks are made of an eighth of the channels
+            raise ValueError(f"hidden_size={d} isn't a multiple of 8")
+        for rate in (1, BLOCK_RATE, self.attention_downsample_rate):
+            if d % rate or d // rate % n:
+                raise ValueError(f"uneven: hidden_size={d} / {rate}, num_attention_heads={n}")
+
+
+@dataclass(frozen=True)
+class SamConfig:
+    """The keys of a whole SAM's config.json: one set of settings for each part.
+
+    Raises:
+        ValueError: parts that don't fit each other.
+    """
+
+    vision_config: SamVisionConfig = SamVisionConfig()
+    prompt_encoder_config: SamPromptEncoderConfig = SamPromptEncoderConfig()
+    mask_decoder_config: SamMaskDecoderConfig = SamMaskDecoderConfig()
+    tie_word_embeddings: bool = True  # there are none; what is shared are frequencies
+
+    def __post_init__(self):
+        vision, prompt, decoder = (
+            self.vision_config, self.prompt_encoder_config, self.mask_decoder_config,
+        )  # fmt: skip
+        sizes = {
+            "vision_config's output_channels": vision.output_channels,
+            "2 · vision_config's num_pos_feats": 2 * vision.num_pos_feats,
+            "prompt_encoder_config's hidden_size": prompt.hidden_size,
+            "mask_decoder_config's hidden_size": decoder.hidden_size,
+        }
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ValueError(f"these have to be one number: {listed}")
+        if vision.grid_size != prompt.grid_size:
+            raise ValueError(
+                f"vision_config has {vision.grid_size} patches on a side, "
+                f"prompt_encoder_config {prompt.grid_size}"
+            )
+
+
+# The image encoder
 
 
 def to_windows(x: Float[Tensor, "b h w d"], side: int) -> Float[Tensor, "g s s d"]:
@@ -65,89 +247,14 @@ def relative_vectors(table: Float[Tensor, "l k"], size: int) -> Float[Tensor, "i
     return table[place[:, None] - place + size - 1]
 
 
-@dataclass(frozen=True)
-class SamVisionConfig:
-    """The keys of config.json that matter here, with ViT-B's values.
-
-    Raises:
-        ValueError: a value that this model can't honour.
-    """
-
-    hidden_size: int = 768
-    output_channels: int = 256
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 1024
-    patch_size: int = 16
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
-    qkv_bias: bool = True
-    mlp_ratio: float = 4.0
-    mlp_dim: int | None = None  # mlp_ratio · hidden_size, unless given
-    use_abs_pos: bool = True
-    use_rel_pos: bool = True
-    window_size: int = 14  # in tokens; 0: every layer sees everything
-    global_attn_indexes: list[Any] | tuple[Any, ...] = (2, 5, 8, 11)
-    num_pos_feats: int = 128  # frequencies for each coordinate of a prompt
-    scale: int | float | None = None  # their spread in a fresh model of transformers'
-
-    def __post_init__(self):
-        refuse_below_one(
-            self, "hidden_size", "output_channels", "num_hidden_layers", "num_attention_heads",
-            "num_channels", "image_size", "patch_size", "num_pos_feats",
-        )  # fmt: skip
-        refuse_activation(self)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"uneven: hidden_size={self.hidden_size}, "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
-        if self.image_size < self.patch_size:
-            raise ValueError(
-                f"no patch: image_size={self.image_size}, patch_size={self.patch_size}"
-            )
-        if self.window_size < 0:
-            raise ValueError(f"window_size={self.window_size} is below 0")
-        if self.intermediate_size < 1:
-            raise ValueError(f"mlp_dim={self.intermediate_size} is below 1")
-        if not all(isinstance(i, int) for i in self.global_attn_indexes):
-            raise ValueError(f"global_attn_indexes={self.global_attn_indexes} aren't whole numbers")
-
-    @property
-    def intermediate_size(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio) if self.mlp_dim is None else self.mlp_dim
-
-    @property
-    def grid_size(self) -> int:
-        """Tokens on a side of the image."""
-        return self.image_size // self.patch_size
-
-    def window(self, number: int) -> int:
-        """The side of the windows in the layer of this number, from 0; 0: it sees everything."""
-        return 0 if number in self.global_attn_indexes else self.window_size
-
-
-def refuse_below_one(config: Any, *names: str) -> None:
-    for name in names:
-        if (size := getattr(config, name)) < 1:
-            raise ValueError(f"{name}={size} is below 1")
-
-
-def refuse_activation(config: Any) -> None:
-    if config.hidden_act not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"hidden_act={config.hidden_act!r} isn't supported; known: {known}")
-
-
 class SamMLP(nn.Module):
     """y = act(x W1^T + b1) W2^T + b2."""
 
-    def __init__(self, *, hidden_size: int, intermediate_size: int, hidden_act: str):
+    def __init__(self, *, hidden_size: int, inner_size: int, hidden_act: str):
         super().__init__()
         self.activation = ACTIVATIONS[hidden_act]
-        self.lin1 = nn.Linear(hidden_size, intermediate_size)
-        self.lin2 = nn.Linear(intermediate_size, hidden_size)
+        self.lin1 = nn.Linear(hidden_size, inner_size)
+        self.lin2 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         return self.lin2(self.activation(self.lin1(x)))
@@ -205,7 +312,7 @@ class SamVisionLayer(nn.Module):
         self.layer_norm2 = LayerNorm(**norm)
         self.mlp = SamMLP(
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            inner_size=config.inner_size,
             hidden_act=config.hidden_act,
         )
 
@@ -246,25 +353,15 @@ class SamVisionNeck(nn.Module):
         return self.layer_norm2(self.conv2(x))
 
 
-class SamPatchEmbed(nn.Module):
-    """Each patch of pixels to one vector; patches don't overlap."""
-
-    def __init__(self, config: SamVisionConfig):
-        super().__init__()
-        p = config.patch_size
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, p, stride=p)
-
-    def forward(self, pixel_values: Float[Tensor, "b i y x"]) -> Float[Tensor, "b h w d"]:
-        return self.projection(pixel_values).movedim(1, -1)
-
-
 class SamVisionEncoder(nn.Module):
     """SAM's image encoder; parameters are named as in published checkpoints."""
 
     def __init__(self, config: SamVisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embed = SamPatchEmbed(config)
+        p = config.patch_size
+        conv = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=p, stride=p)
+        self.patch_embed = nn.ModuleDict({"projection": conv})
         if config.use_abs_pos:
             grid = torch.zeros(1, config.grid_size, config.grid_size, config.hidden_size)
             self.pos_embed = nn.Parameter(grid)
@@ -278,54 +375,39 @@ class SamVisionEncoder(nn.Module):
         Raises:
             ValueError: another number of channels or pixels than the config's.
         """
-        return self.neck(self.states(pixel_values))
+        return self.neck(self.states(pixel_values, len(self.layers) - 1))
 
     def states(
-        self, pixel_values: Float[Tensor, "b i y x"], layer: int = -1
-    ) -> Float[Tensor, "b h w d"]:
-        """The hidden state behind the layer of this number, from 0; unless given, the last.
-
-        The neck isn't applied, and the layers behind aren't computed.
-
-        Raises:
-            ValueError: wrong channels or pixels, or no layer of this number.
-        """
-        last = range(self.config.num_hidden_layers)[self.number(layer)]
-        x = self.embed(pixel_values)
-        for block in self.layers[: last + 1]:
-            x = block(x)
-        return x
-
-    def forward_with_state(
         self, pixel_values: Float[Tensor, "b i y x"], layer: int
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w d"]]:
-        """What `forward` and `states` give, in one pass.
+    ) -> Float[Tensor, "b h w d"]:
+        """The hidden state behind the layer of this number, from 0, and before the neck.
 
         Raises:
             ValueError: wrong channels or pixels, or no layer of this number.
         """
-        number = self.number(layer)
-        state = self.states(pixel_values, number)
-        x = state
-        for block in self.layers[number + 1 :]:
-            x = block(x)
-        return self.neck(x), state
-
-    def number(self, layer: int) -> int:
-        count = self.config.num_hidden_layers
-        if not -count <= layer < count:
-            raise ValueError(f"there is no layer {layer} among {count}")
-        return layer % count
-
-    def embed(self, pixel_values: Float[Tensor, "b i y x"]) -> Float[Tensor, "b h w d"]:
         c, side = self.config.num_channels, self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (c, side, side):
             raise ValueError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}; "
                 f"the config wants (b, {c}, {side}, {side})"
             )
-        x = self.patch_embed(pixel_values)
-        return x + self.pos_embed if self.config.use_abs_pos else x
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"there is no layer {layer} of {len(self.layers)}, from 0")
+        x = self.patch_embed["projection"](pixel_values).movedim(1, -1)  # b h w d
+        if self.config.use_abs_pos:
+            x = x + self.pos_embed
+        for block in self.layers[: layer + 1]:
+            x = block(x)
+        return x
+
+    def forward_with_state(
+        self, pixel_values: Float[Tensor, "b i y x"], layer: int
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w d"]]:
+        """What `forward` and `states` give, in one pass."""
+        x = state = self.states(pixel_values, layer)
+        for block in self.layers[layer + 1 :]:
+            x = block(x)
+        return self.neck(x), state
 
     @classmethod
     def from_pretrained(
@@ -348,7 +430,7 @@ class SamVisionEncoder(nn.Module):
             if name.startswith("vision_encoder.")
         }
         if read_json(Path(folder) / "config.json").get("model_type") == "sam":
-            config = read_config(folder, SamConfig, model_types=("sam",)).vision
+            config = read_config(folder, SamConfig, model_types=("sam",)).vision_config
             tensors = inside
         else:
             config = read_config(folder, SamVisionConfig, model_types=("sam_vision_model",))
@@ -360,141 +442,7 @@ class SamVisionEncoder(nn.Module):
         return model.eval()
 
 
-@dataclass(frozen=True)
-class SamPromptEncoderConfig:
-    """The keys of `prompt_encoder_config`, with the values of every published SAM.
-
-    Raises:
-        ValueError: a value that this part can't honour.
-    """
-
-    hidden_size: int = 256
-    image_size: int = 1024
-    patch_size: int = 16
-    image_embedding_size: int | None = None  # image_size // patch_size, unless given
-    mask_input_channels: int = 16
-    num_point_embeddings: int = 4
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
-
-    def __post_init__(self):
-        refuse_below_one(self, "hidden_size", "image_size", "patch_size", "grid_size")
-        refuse_activation(self)
-        if self.mask_input_channels < 4 or self.mask_input_channels % 4:
-            raise ValueError(f"mask_input_channels={self.mask_input_channels} isn't 4, 8, 12, …")
-        if self.num_point_embeddings < 4:
-            raise ValueError(
-                f"num_point_embeddings={self.num_point_embeddings}; needed are 4: outside, "
-                "inside, and two corners of a box"
-            )
-
-    @property
-    def grid_size(self) -> int:
-        given = self.image_embedding_size
-        return self.image_size // self.patch_size if given is None else given
-
-
-@dataclass(frozen=True)
-class SamMaskDecoderConfig:
-    """The keys of `mask_decoder_config`, with the values of every published SAM.
-
-    Raises:
-        ValueError: a value that this part can't honour.
-    """
-
-    hidden_size: int = 256
-    hidden_act: str = "relu"
-    mlp_dim: int = 2048
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 8
-    attention_downsample_rate: int = 2
-    num_multimask_outputs: int = 3
-    iou_head_depth: int = 3
-    iou_head_hidden_dim: int = 256
-    layer_norm_eps: float = 1e-6
-
-    def __post_init__(self):
-        refuse_below_one(
-            self, "hidden_size", "mlp_dim", "num_hidden_layers", "num_attention_heads",
-            "attention_downsample_rate", "num_multimask_outputs", "iou_head_hidden_dim",
-        )  # fmt: skip
-        refuse_activation(self)
-        if self.iou_head_depth < 2:
-            raise ValueError(f"iou_head_depth={self.iou_head_depth} is below 2")
-        if self.hidden_size % 8:  # the decoder's picture has an eighth of the channels
-            raise ValueError(f"hidden_size={self.hidden_size} isn't a multiple of 8")
-        for rate in (1, BLOCK_RATE, self.attention_downsample_rate):
-            if self.hidden_size // rate % self.num_attention_heads:
-                raise ValueError(
-                    f"uneven: hidden_size={self.hidden_size} // {rate}, "
-                    f"num_attention_heads={self.num_attention_heads}"
-                )
-
-
-BLOCK_RATE = 2  # transformers gives `attention_downsample_rate` to the last attention alone
-
-
-@dataclass(frozen=True)
-class SamConfig:
-    """The keys of a whole SAM's config.json: one set of settings for each part.
-
-    Raises:
-        ValueError: a value that a part can't honour, or parts that don't fit each other.
-    """
-
-    vision_config: dict[str, Any]
-    prompt_encoder_config: dict[str, Any]
-    mask_decoder_config: dict[str, Any]
-    tie_word_embeddings: bool = True  # there are no words; the Fourier features are shared
-
-    def __post_init__(self):
-        sizes = {
-            "vision_config's output_channels": self.vision.output_channels,
-            "prompt_encoder_config's hidden_size": self.prompt.hidden_size,
-            "mask_decoder_config's hidden_size": self.decoder.hidden_size,
-            "2 · vision_config's num_pos_feats": 2 * self.vision.num_pos_feats,
-        }
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            raise ValueError(f"these have to be one number: {listed}")
-        if self.vision.grid_size != self.prompt.grid_size:
-            raise ValueError(
-                f"vision_config has {self.vision.grid_size} patches on a side, "
-                f"prompt_encoder_config {self.prompt.grid_size}"
-            )
-
-    @cached_property
-    def vision(self) -> SamVisionConfig:
-        return read_part("vision_config", self.vision_config, SamVisionConfig)
-
-    @cached_property
-    def prompt(self) -> SamPromptEncoderConfig:
-        return read_part(
-            "prompt_encoder_config", self.prompt_encoder_config, SamPromptEncoderConfig
-        )
-
-    @cached_property
-    def decoder(self) -> SamMaskDecoderConfig:
-        return read_part("mask_decoder_config", self.mask_decoder_config, SamMaskDecoderConfig)
-
-
-def read_part(key: str, found: Mapping[str, Any], config_class: type[Part]) -> Part:
-    """One part's settings. What isn't a field is left alone.
-
-    Files of 2023 hold in each part all keys of a language model, at their default values.
-
-    Raises:
-        ValueError: a value of the wrong type, or one that the part can't honour.
-    """
-    hints = get_type_hints(config_class)
-    values = {f.name: found[f.name] for f in fields(config_class) if f.name in found}
-    for name, value in values.items():
-        if not is_a(value, hints[name]):
-            raise ValueError(f"{key}: {name}={value!r} isn't of type {hints[name]}")
-    try:
-        return config_class(**values)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+# Prompts
 
 
 class FourierFeatures(nn.Module):
@@ -608,6 +556,9 @@ class SamPromptEncoder(nn.Module):
         return (torch.cat(tokens, dim=2) if tokens else None), dense
 
 
+# Masks
+
+
 class SamAttention(nn.Module):
     """Attention of one set of tokens to another, in fewer features than they have."""
 
@@ -650,7 +601,7 @@ class SamTwoWayBlock(nn.Module):
         self.layer_norm2 = LayerNorm(**norm)
         self.mlp = SamMLP(
             hidden_size=config.hidden_size,
-            intermediate_size=config.mlp_dim,
+            inner_size=config.mlp_dim,
             hidden_act=config.hidden_act,
         )
         self.layer_norm3 = LayerNorm(**norm)
@@ -780,10 +731,10 @@ class Sam(nn.Module):
     def __init__(self, config: SamConfig):
         super().__init__()
         self.config = config
-        self.shared_image_embedding = FourierFeatures(config.vision.num_pos_feats)
-        self.vision_encoder = SamVisionEncoder(config.vision)
-        self.prompt_encoder = SamPromptEncoder(config.prompt)
-        self.mask_decoder = SamMaskDecoder(config.decoder)
+        self.shared_image_embedding = FourierFeatures(config.vision_config.num_pos_feats)
+        self.vision_encoder = SamVisionEncoder(config.vision_config)
+        self.prompt_encoder = SamPromptEncoder(config.prompt_encoder_config)
+        self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
 
     def forward(
         self,
@@ -825,7 +776,7 @@ class Sam(nn.Module):
         prompts, dense = self.prompt_encoder(
             features, input_points, input_labels, input_boxes, input_masks
         )
-        places = features.grid(self.config.prompt.grid_size)
+        places = features.grid(image_embeddings.shape[-1])
         masks, scores = self.mask_decoder(image_embeddings, places, prompts, dense)
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         return masks[:, :, chosen], scores[:, :, chosen]
@@ -838,7 +789,8 @@ class Sam(nn.Module):
         boxes: Tensor | None,
         masks: Tensor | None,
     ) -> None:
-        side, c, b = self.config.prompt.grid_size, self.config.prompt.hidden_size, len(image)
+        prompt, b = self.config.prompt_encoder_config, len(image)
+        side, c = prompt.grid_size, prompt.hidden_size
         wanted = {
             "image_embeddings": (image, (b, c, side, side)),
             "input_points": (points, (b, None, None, 2)),
@@ -880,7 +832,7 @@ class Sam(nn.Module):
         Raises:
             ValueError: the resized picture doesn't fit into the square.
         """
-        side = self.config.vision.image_size
+        side = self.config.vision_config.image_size
         if not all(1 <= size <= side for size in reshaped_size):
             raise ValueError(f"reshaped_size={tuple(reshaped_size)} doesn't fit into {side}")
         height, width = reshaped_size

@@ -76,7 +76,6 @@ def test_the_encoder_equals_transformers(changes, tmp_path):
     for layer in range(4):
         state = expected.hidden_states[layer + 1]
         assert_close(ours.states(x, layer), state)
-        assert_close(ours.states(x, layer - 4), state)
         output, inner = ours.forward_with_state(x, layer)
         assert torch.equal(output, ours(x)) and torch.equal(inner, ours.states(x, layer))
 
@@ -138,9 +137,10 @@ PROMPTS = {
 @torch.no_grad()
 def same_masks(ours, theirs, **inputs) -> None:
     expected = theirs(**inputs)
-    assert min(expected.pred_masks.std(), expected.iou_scores.std()) > 0.15
+    assert min(expected.pred_masks.std(), expected.iou_scores.std()) > 0.08
     masks, scores = ours(**inputs)
-    assert_close(masks, expected.pred_masks)
+    # Sums of products of numbers around 10, of which single ones are 1e-6 apart.
+    assert_close(masks, expected.pred_masks, atol=3e-5, rtol=1e-5)
     assert_close(scores, expected.iou_scores)
 
 
@@ -205,10 +205,10 @@ def test_wrong_pictures_and_layers_are_refused(vision_folder):
         with pytest.raises(ValueError) as error:
             ours(torch.zeros(shape))
         assert f"{shape}" in str(error.value) and "(b, 3, 28, 28)" in str(error.value)
-    for layer in (4, -5):
-        with pytest.raises(ValueError, match=f"there is no layer {layer} among 4"):
+    for layer in (4, -1):
+        with pytest.raises(ValueError, match=f"there is no layer {layer} of 4"):
             ours.states(picture(), layer)
-        with pytest.raises(ValueError, match=f"there is no layer {layer} among 4"):
+        with pytest.raises(ValueError, match=f"there is no layer {layer} of 4"):
             ours.forward_with_state(picture(), layer)
 
 
