@@ -454,8 +454,7 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, num_pos_feats: int):
         super().__init__()
-        drawn = torch.randn(2, num_pos_feats)
-        self.positional_embedding = nn.Parameter(drawn, requires_grad=False)
+        self.register_buffer("positional_embedding", torch.randn(2, num_pos_feats))
 
     def forward(self, places: Float[Tensor, "*rows 2"]) -> Float[Tensor, "*rows c"]:
         z = (2 * places - 1).to(self.positional_embedding.dtype) @ self.positional_embedding
