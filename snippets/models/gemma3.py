@@ -240,7 +240,10 @@ class Gemma3(nn.Module):
         Raises:
             ValueError: the attention mask isn't as long as cached and new tokens.
         """
-        x = self.model(input_ids, attention_mask, cache)
+        return self.head(self.model(input_ids, attention_mask, cache))
+
+    def head(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        """Logits of hidden states behind the last norm."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(x, head.weight)
 
