@@ -130,7 +130,9 @@ class Gemma3Vision(nn.Module):
         return self.language_model.new_cache()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Gemma3Vision":
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype | None = None
+    ) -> "Gemma3Vision":
         """Read a checkpoint folder: config.json and *.safetensors.
 
         Args:
