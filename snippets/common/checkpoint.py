@@ -20,16 +20,22 @@ from torch import Tensor, nn
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# Keys of config.json that don't change what a model computes when it is evaluated.
+# Keys of config.json that don't change what a model computes when it is evaluated. A config
+# class can name more in a class variable INERT of its own.
 INERT = {
     "_name_or_path", "_sliding_window_pattern", "architectures", "attention_dropout", "attn_pdrop",
     "auto_map", "aux_loss_alpha", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
-    "dtype", "embd_pdrop", "eos_token_id", "ep_size", "id2label", "initializer_range",
-    "is_llama_config", "label2id", "model_type", "n_ctx", "output_router_logits", "pad_token_id",
-    "pretraining_tp", "qk_head_dim", "resid_pdrop", "return_dict", "router_aux_loss_coef",
-    "router_jitter_noise", "seq_aux", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
-    "torch_dtype", "transformers.js_config", "transformers_version", "use_cache",
+    "dtype", "embd_pdrop", "eos_token_id", "ep_size", "id2label", "initializer_factor",
+    "initializer_range", "is_llama_config", "label2id", "model_type", "n_ctx",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "resid_pdrop",
+    "return_dict", "router_aux_loss_coef", "router_jitter_noise", "seq_aux", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "task_specific_params", "torch_dtype", "transformers.js_config", "transformers_version",
+    "use_cache",
+    # How a text was to be sampled, which configs of 2021 to 2023 held.
+    "diversity_penalty", "encoder_no_repeat_ngram_size", "length_penalty", "max_length",
+    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "repetition_penalty", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
 
 Config = TypeVar("Config")
@@ -58,7 +64,8 @@ def read_config(
 
     A key without a field that could change the outputs is reported by a warning, not
     fatal: configs gain keys over the years. RoPE's settings are read in both spellings,
-    `rope_theta` with `rope_scaling`, and `rope_parameters`.
+    `rope_theta` with `rope_scaling`, and `rope_parameters`. A field whose type is a
+    dataclass takes an object of the file, read in the same way (`vision_config`).
 
     Args:
         folder: the checkpoint's folder.
@@ -78,33 +85,73 @@ def read_config(
             f"{path}: model_type={model_type!r} isn't supported; this class reads "
             f"{', '.join(map(repr, model_types))}"
         )
+    config, unknown = build(found, config_class, str(path))
+    if unknown:
+        warnings.warn(f"{path}: not read: {', '.join(unknown)}", stacklevel=3)
+    return config
+
+
+def parse_config(
+    found: Mapping[str, Any], config_class: type[Config], *, source: str | Path
+) -> Config:
+    """A part of a config.json, such as the dict under `vision_config`, as its dataclass.
+
+    As `read_config` reads the whole; for models that choose the class of a part by its
+    `model_type`.
+
+    Args:
+        source: what errors and the warning name, "config.json: vision_config".
+
+    Raises:
+        CheckpointError: a missing key, a value of the wrong type, or one that is not
+            supported.
+    """
+    config, unknown = build(found, config_class, str(source))
+    if unknown:
+        warnings.warn(f"{source}: not read: {', '.join(unknown)}", stacklevel=2)
+    return config
+
+
+def build(
+    found: Mapping[str, Any], config_class: type[Config], source: str
+) -> tuple[Config, list[str]]:
+    """The dataclass, and the keys that it has no field for."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     if "rope_parameters" not in fields:
-        found = old_rope_spelling(found, path)
+        found = old_rope_spelling(found, source)
     required = [
         name
         for name, field in fields.items()
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing := [name for name in required if name not in found]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}")
+        raise CheckpointError(f"{source} lacks {', '.join(missing)}")
     if found.get("quantization_config") and "quantization_config" not in fields:
-        raise CheckpointError(f"{path}: quantization_config isn't supported: full weights needed")
-    # What is null or false switches nothing on.
-    on = {key for key, value in found.items() if value is not None and value is not False}
-    if unknown := sorted(on - fields.keys() - INERT):
-        warnings.warn(f"{path}: not read: {', '.join(unknown)}", stacklevel=3)
+        raise CheckpointError(f"{source}: quantization_config isn't supported: full weights needed")
+    # What is null, false or {} switches nothing on.
+    on = {key for key, value in found.items() if value not in (None, {}) and value is not False}
+    unknown = sorted(on - fields.keys() - INERT - getattr(config_class, "INERT", set()))
     hints = typing.get_type_hints(config_class)
     values = {name: found[name] for name in fields if name in found}
     for name, value in values.items():
-        if not is_a(value, hints[name]):
+        part = part_class(hints[name])
+        if part is not None and isinstance(value, Mapping):
+            values[name], deeper = build(value, part, f"{source}: {name}")
+            unknown += [f"{name}.{key}" for key in deeper]
+        elif not is_a(value, hints[name]):
             hint = hints[name]
             wanted = hint.__name__ if isinstance(hint, type) else hint
-            raise CheckpointError(f"{path}: {name}={value!r} isn't of type {wanted}")
+            raise CheckpointError(f"{source}: {name}={value!r} isn't of type {wanted}")
     try:
-        return config_class(**values)
+        return config_class(**values), unknown
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{source}: {error}") from None
+
+
+def part_class(hint: Any) -> type | None:
+    """The dataclass that a field holds, also in `Part | None`."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
 def is_a(value: Any, hint: Any) -> bool:
@@ -119,7 +166,7 @@ def is_a(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def old_rope_spelling(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def old_rope_spelling(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """`rope_parameters` (since transformers 5) as `rope_theta` with `rope_scaling`.
 
     `rope_scaling` comes out as None where nothing is scaled, else with a `rope_type`, which
@@ -135,14 +182,14 @@ def old_rope_spelling(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key, value in said.items():
         single = isinstance(value, Mapping)
         if not single or any(isinstance(part, Mapping) for part in value.values()):
-            raise CheckpointError(f"{path}: {key}={value!r} isn't a single set of parameters")
+            raise CheckpointError(f"{source}: {key}={value!r} isn't a single set of parameters")
     thetas = [part.get("rope_theta") for part in (rest, *said.values())]
     thetas = [theta for theta in thetas if theta is not None]
     scalings = [scaling_of(value) for value in said.values()]
     if any(theta != thetas[0] for theta in thetas) or any(s != scalings[0] for s in scalings):
         shown = {"rope_theta": rest.get("rope_theta"), **said}
         listed = ", ".join(f"{key}={value!r}" for key, value in shown.items())
-        raise CheckpointError(f"{path}: these contradict each other: {listed}")
+        raise CheckpointError(f"{source}: these contradict each other: {listed}")
     if thetas:
         rest["rope_theta"] = thetas[0]
     if scalings:
