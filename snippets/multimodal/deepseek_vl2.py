@@ -6,15 +6,14 @@ tokens, another one stands between thumbnail and tiles. A language model with ex
 
 Axes: b batch, t token, s cached and new tokens, d hidden size of the language model, v
 vocabulary, n image, k view (a thumbnail or a tile), c channel, h and w pixels, p patch of a
-view, q token of a view, e width of the vision tower.
+view, q token of a view, e width of the vision tower, r side of a square of patches.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,27 +21,26 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.kv_cache import KVCache
-from snippets.common.checkpoint import (
-    INERT,
-    is_a,
-    load_weights,
-    read_config,
-    read_json,
-    read_tensors,
-)
+from snippets.common.checkpoint import load_weights, read_config, read_json, read_tensors
 from snippets.models.deepseek_v2 import DeepseekV2, DeepseekV2Config, DeepseekV2Layer
 from snippets.models.llama import LlamaLayer
+from snippets.multimodal.siglip import SiglipVisionConfig, SiglipVisionTransformer
 
 IMAGE = "<image>"  # how the placeholder is written; its number is the tokenizer's
-UNUSED = "vision.attn_pool."  # in the files; makes one vector of a view, which nobody reads
 BIAS = "e_score_correction_bias"  # stays as it is: its steps are finer than bfloat16's
-# Beyond `INERT`: of training, or said a second time by other keys.
-QUIET = {
-    "deterministic", "lm_head", "model_name", "num_recomputing_layers", "rm_head",
-    "use_checkpoint", "weight_init",
-}  # fmt: skip
-
-Part = TypeVar("Part")
+# Parts of the vision tower: in the files, which follow timm, and in `SiglipVisionTransformer`.
+TOWER = {
+    "vision.patch_embed.proj.": "vision.embeddings.patch_embedding.",
+    "vision.blocks.": "vision.encoder.layers.",
+    ".attn.proj.": ".self_attn.out_proj.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    "vision.norm.": "vision.post_layernorm.",
+    "vision.attn_pool.latent": "vision.head.probe",
+    "vision.attn_pool.proj.": "vision.head.attention.out_proj.",
+    "vision.attn_pool.norm.": "vision.head.layernorm.",
+    "vision.attn_pool.mlp.": "vision.head.mlp.",
+}
 
 
 @dataclass(frozen=True)
@@ -55,29 +53,37 @@ class VisionConfig:
     layers: int = 24
     heads: int = 16
     mlp_ratio: float = 4.0
-    global_pool: str = "map"  # of the pooling that `ignore_head` leaves out
-    ignore_head: bool = True
+    global_pool: str = "map"  # a head that pools; "": none
+    ignore_head: bool = True  # it is there, and nobody asks it
     class_token: bool = False
     num_classes: int = 0
 
+    INERT: ClassVar[set[str]] = {
+        "deterministic", "model_name", "num_recomputing_layers", "use_checkpoint", "weight_init",
+    }  # fmt: skip
+
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "width", "layers", "heads"):
-            if (size := getattr(self, name)) < 1:
-                raise ValueError(f"{name}={size} is below 1")
-        if self.width % self.heads:
-            raise ValueError(f"uneven: width={self.width}, heads={self.heads}")
-        if self.image_size < self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is below patch_size={self.patch_size}")
         if not self.ignore_head or self.class_token or self.num_classes:
             raise ValueError(
                 f"ignore_head={self.ignore_head}, class_token={self.class_token}, "
                 f"num_classes={self.num_classes} isn't supported: all patches are read, no other"
             )
+        if self.global_pool not in ("map", ""):
+            raise ValueError(f"global_pool={self.global_pool!r} isn't supported, only 'map' and ''")
+        self.tower  # noqa: B018 - refuses what doesn't fit
 
     @property
-    def side(self) -> int:
-        """Patches in a row; pixels that are left over aren't read."""
-        return self.image_size // self.patch_size
+    def tower(self) -> SiglipVisionConfig:
+        """The same in SigLIP's own words."""
+        return SiglipVisionConfig(
+            hidden_size=self.width,
+            intermediate_size=int(self.width * self.mlp_ratio),
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            vision_use_head=self.global_pool == "map",
+        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,8 @@ class LanguageConfig(DeepseekV2Config):
     n_shared_experts: int | None = None
     use_mla: bool = True
 
+    INERT: ClassVar[set[str]] = {"lm_head", "rm_head"}
+
     def __post_init__(self):
         super().__post_init__()
         if self.use_mla and not self.kv_lora_rank:
@@ -161,12 +169,12 @@ class DeepseekVL2Config:
         ValueError: a value that this model can't honour.
     """
 
-    language_config: dict[str, Any]
-    vision_config: dict[str, Any]
-    projector_config: dict[str, Any]
+    language_config: LanguageConfig
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    projector_config: ProjectorConfig = field(default_factory=ProjectorConfig)
     tile_tag: str = "2D"
     global_view_pos: str = "head"  # "tail": thumbnail behind the tiles
-    candidate_resolutions: list[list[int]] | None = None  # for whoever cuts the images
+    candidate_resolutions: list | None = None  # widths and heights; for whoever cuts the images
     image_token_id: int | None = None  # not in published files; see `from_pretrained`
 
     def __post_init__(self):
@@ -174,89 +182,20 @@ class DeepseekVL2Config:
             raise ValueError(f"tile_tag={self.tile_tag!r} isn't supported, only '2D'")
         if self.global_view_pos not in ("head", "tail"):
             raise ValueError(f"global_view_pos={self.global_view_pos!r} is neither head nor tail")
-        width, into = self.vision.width, self.projector.input_dim
+        width, into = self.vision_config.width, self.projector_config.input_dim
         if width != into:
             raise ValueError(f"vision_config: width={width} isn't input_dim={into}")
-        out, hidden = self.projector.n_embed, self.language.hidden_size
+        out, hidden = self.projector_config.n_embed, self.language_config.hidden_size
         if out != hidden:
             raise ValueError(f"projector_config: n_embed={out} isn't hidden_size={hidden}")
-
-    @cached_property
-    def language(self) -> LanguageConfig:
-        return part_of("language_config", self.language_config, LanguageConfig)
-
-    @cached_property
-    def vision(self) -> VisionConfig:
-        return part_of("vision_config", self.vision_config, VisionConfig)
-
-    @cached_property
-    def projector(self) -> ProjectorConfig:
-        return part_of("projector_config", self.projector_config, ProjectorConfig)
 
     @property
     def side(self) -> int:
         """Tokens in a line of one view."""
-        return math.ceil(self.vision.side / self.projector.downsample_ratio)
+        return math.ceil(self.vision_config.tower.grid / self.projector_config.downsample_ratio)
 
 
-def part_of(name: str, given: Mapping[str, Any], kind: type[Part]) -> Part:
-    """A part of config.json as a dataclass.
-
-    Raises:
-        ValueError: a key that isn't known and could count, or a value that can't be honoured.
-    """
-    hints = {field.name: get_type_hints(kind)[field.name] for field in fields(kind)}
-    on = {key for key, value in given.items() if value is not None and value is not False}
-    if unknown := sorted(on - hints.keys() - INERT - QUIET):
-        raise ValueError(f"{name}: {', '.join(unknown)} isn't known")
-    values = {key: value for key, value in given.items() if key in hints}
-    for key, value in values.items():
-        if not is_a(value, hints[key]):
-            raise ValueError(f"{name}: {key}={value!r} isn't of type {hints[key]}")
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-class VisionBlock(nn.Module):
-    """h = x + attention(norm(x)); y = h + mlp(norm(h)); all patches see each other."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        e, f = config.width, int(config.width * config.mlp_ratio)
-        self.heads = config.heads
-        self.norm1 = nn.LayerNorm(e, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(e, 3 * e), "proj": nn.Linear(e, e)})
-        self.norm2 = nn.LayerNorm(e, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(e, f), "fc2": nn.Linear(f, e)})
-
-    def forward(self, x: Float[Tensor, "k p e"]) -> Float[Tensor, "k p e"]:
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # k heads p e/heads, each
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.attn["proj"](y)
-        y = F.gelu(self.mlp["fc1"](self.norm2(x)), approximate="tanh")
-        return x + self.mlp["fc2"](y)
-
-
-class VisionTower(nn.Module):
-    """SigLIP without its pooling, named as in timm."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        patches = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": patches})
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, config.side**2, config.width))
-        self.blocks = nn.Sequential(*[VisionBlock(config) for _ in range(config.layers)])
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
-
-    def forward(self, pixel_values: Float[Tensor, "k 3 h w"]) -> Float[Tensor, "k p e"]:
-        x = self.patch_embed["proj"](pixel_values).flatten(2).transpose(1, 2)  # k p e
-        return self.norm(self.blocks(x + self.pos_embed))
-
-
-def gather_patches(x: Float[Tensor, "k p e"], ratio: int) -> Float[Tensor, "k q er2"]:
+def gather_patches(x: Float[Tensor, "k p e"], ratio: int) -> Float[Tensor, "k q err"]:
     """Each `ratio` x `ratio` square of patches as one, with all their features.
 
     What an odd side lacks is zeros, at the right and below. Feature e of the patch in row i and
@@ -277,11 +216,10 @@ class Projector(nn.Module):
         super().__init__()
         self.ratio = config.downsample_ratio
         width = config.n_embed * config.mlp_ratio
-        sizes = [config.input_dim * self.ratio**2, *[width] * (config.depth - 1), config.n_embed]
-        layers = []
-        for into, out in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(into, out), nn.GELU()]
-        self.layers = nn.Sequential(*layers[:-1])
+        layers = [nn.Linear(config.input_dim * self.ratio**2, width)]
+        for _ in range(config.depth - 2):
+            layers += [nn.GELU(), nn.Linear(width, width)]
+        self.layers = nn.Sequential(*layers, nn.GELU(), nn.Linear(width, config.n_embed))
 
     def forward(self, x: Float[Tensor, "k p e"]) -> Float[Tensor, "k q d"]:
         return self.layers(gather_patches(x, self.ratio))
@@ -323,12 +261,12 @@ class DeepseekVL2(nn.Module):
     def __init__(self, config: DeepseekVL2Config):
         super().__init__()
         self.config = config
-        d = config.projector.n_embed
-        self.vision = VisionTower(config.vision)
-        self.projector = Projector(config.projector)
+        d = config.projector_config.n_embed
+        self.vision = SiglipVisionTransformer(config.vision_config.tower)
+        self.projector = Projector(config.projector_config)
         self.image_newline = nn.Parameter(d**-0.5 * torch.randn(d))
-        self.view_seperator = nn.Parameter(d**-0.5 * torch.randn(d))  # spelt so in the files
-        self.language = DeepseekVL2Language(config.language)
+        self.view_seperator = nn.Parameter(d**-0.5 * torch.randn(d))  # spelt so in files
+        self.language = DeepseekVL2Language(config.language_config)
 
     def forward(
         self,
@@ -369,17 +307,13 @@ class DeepseekVL2(nn.Module):
         tiles: Int[Tensor, "n 2"] | Sequence[Sequence[int]],
     ) -> Float[Tensor, "t d"]:
         """What stands in the place of the image tokens, of all images one after the other."""
-        size = self.config.vision.image_size
-        if tuple(pixel_values.shape[1:]) != (3, size, size):
-            found = "x".join(map(str, pixel_values.shape[1:]))
-            raise ValueError(f"views of {found}, the tower reads 3x{size}x{size}")
         tiles = [(int(columns), int(rows)) for columns, rows in tiles]
         if min((n for grid in tiles for n in grid), default=1) < 1:
             raise ValueError(f"an image without tiles: {tiles}")
         counts = [1 + columns * rows for columns, rows in tiles]
         if len(pixel_values) != sum(counts):
             raise ValueError(f"{len(pixel_values)} views, {tiles} tiles need {sum(counts)}")
-        views = self.projector(self.vision(pixel_values.to(self.image_newline.dtype)))  # k q d
+        views = self.projector(self.vision(pixel_values))  # k q d
         images = zip(views.split(counts), tiles, strict=True)
         return torch.cat([self.lay_out(one, *grid) for one, grid in images])
 
@@ -424,13 +358,39 @@ class DeepseekVL2(nn.Module):
             image_token_id = find_image_token(folder)
         if image_token_id is not None:
             config = replace(config, image_token_id=image_token_id)
-        tensors = {k: v for k, v in read_tensors(folder).items() if not k.startswith(UNUSED)}
-        if dtype is not None:
-            tensors = {k: v if k.endswith(BIAS) else v.to(dtype) for k, v in tensors.items()}
+        tensors = {
+            name: tensor if dtype is None or name.endswith(BIAS) else tensor.to(dtype)
+            for name, tensor in of_tower(read_tensors(folder)).items()
+        }
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, tensors, source=folder)
         return model.eval()
+
+
+def of_tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, those of the vision tower under the names that SigLIP gives them.
+
+    Where one matrix makes queries, keys and values, it is cut in three.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in TOWER.items():
+            if name.startswith("vision."):
+                name = name.replace(old, new)
+        if ".attn.qkv." in name and name.startswith("vision."):
+            parts = zip("qkv", tensor.chunk(3), strict=False)
+            renamed |= {name.replace(".attn.qkv.", f".self_attn.{x}_proj."): y for x, y in parts}
+        elif name == "vision.pos_embed":
+            renamed["vision.embeddings.position_embedding.weight"] = tensor.flatten(0, -2)
+        else:
+            renamed[name] = tensor
+    for kind in ("weight", "bias"):  # of the head, whose query comes from elsewhere
+        pool = [f"vision.attn_pool.{x}.{kind}" for x in ("q", "kv")]
+        if all(name in renamed for name in pool):
+            both = torch.cat([renamed.pop(name) for name in pool])
+            renamed[f"vision.head.attention.in_proj_{kind}"] = both
+    return renamed
 
 
 def find_image_token(folder: str | Path) -> int | None:
