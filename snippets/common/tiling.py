@@ -31,7 +31,7 @@ def candidate_resolutions(tile: int = 384, most: int = 9) -> list[tuple[int, int
     return [(columns * tile, rows * tile) for columns, rows in found]
 
 
-def effective_and_wasted(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, int]:
+def effective_and_wasted(size: tuple[int, int], resolution: Sequence[int]) -> tuple[int, int]:
     """Of a canvas, the pixels that tell of the image, and those that don't.
 
     The image is scaled to fit. Enlarged it tells no more than before, so that no more than its
@@ -47,9 +47,7 @@ def effective_and_wasted(size: tuple[int, int], resolution: tuple[int, int]) -> 
     return effective, resolution[0] * resolution[1] - effective
 
 
-def best_resolution(
-    size: tuple[int, int], resolutions: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
+def best_resolution(size: tuple[int, int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:
     """The one that shows most of an image; of several, the one that wastes least; then the first.
 
     That is the released rule. The paper has another one: the least border.
@@ -90,7 +88,7 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def tile(
-    image: Image.Image, resolutions: Sequence[tuple[int, int]] | None = None
+    image: Image.Image, resolutions: Sequence[Sequence[int]] | None = None
 ) -> tuple[Float[Tensor, "v c s s"], tuple[int, int]]:
     """Views of an image, from -1 to 1, and how many columns and rows of tiles there are.
 
@@ -125,7 +123,7 @@ def to_numbers(view: Image.Image) -> Float[Tensor, "c s s"]:
 
 
 def tile_images(
-    images: Sequence[Image.Image], resolutions: Sequence[tuple[int, int]] | None = None
+    images: Sequence[Image.Image], resolutions: Sequence[Sequence[int]] | None = None
 ) -> tuple[Float[Tensor, "v c s s"], Int[Tensor, "n 2"]]:
     """All views of a conversation's images, one after the other, and the tiles of each image.
 
