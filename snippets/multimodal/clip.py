@@ -452,7 +452,7 @@ def unit(x: Float[Tensor, "b p"]) -> Float[Tensor, "b p"]:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def contrastive_loss(logits_per_text: Float[Tensor, "b b"]) -> Float[Tensor, ""]:
+def contrastive_loss(logits_per_text: Float[Tensor, "j i"]) -> Float[Tensor, ""]:
     """Each text has to find its image among the batch's, and each image its text.
 
     (CE(logits, 0..b-1) + CE(logits^T, 0..b-1)) / 2, pair i being row and column i.

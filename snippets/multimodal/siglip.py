@@ -173,6 +173,11 @@ class SiglipTextConfig(EncoderConfig):
 
     INERT: ClassVar[set[str]] = {"tie_word_embeddings"}
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pooled_size < 1:
+            raise ValueError(f"projection_size={self.pooled_size} is below 1")
+
     @property
     def pooled_size(self) -> int:
         return self.hidden_size if self.projection_size is None else self.projection_size
@@ -310,7 +315,7 @@ class SigLIP(nn.Module):
         return model.eval()
 
 
-def sigmoid_loss(logits: Float[Tensor, "b b"]) -> Float[Tensor, ""]:
+def sigmoid_loss(logits: Float[Tensor, "j i"]) -> Float[Tensor, ""]:
     """Each pair alone: does this text belong to this image?
 
     -(1/b) sum over all b² pairs of log sigmoid(z logits), z = 1 on the diagonal, else -1.
@@ -320,6 +325,6 @@ def sigmoid_loss(logits: Float[Tensor, "b b"]) -> Float[Tensor, ""]:
     """
     j, i = logits.shape
     if j != i:
-        raise ValueError(f"{j} and {i} of them are no pairs")
-    z = 2 * torch.eye(j, dtype=logits.dtype, device=logits.device) - 1  # b b
+        raise ValueError(f"{j} texts and {i} images are no pairs")
+    z = 2 * torch.eye(j, dtype=logits.dtype, device=logits.device) - 1  # j i
     return -F.logsigmoid(z * logits).sum() / j

@@ -5,7 +5,7 @@ import pickle
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from snippets.common.checkpoint import (
     drop_tied_head,
     is_a,
     load_weights,
+    parse_config,
     read_config,
     read_tensors,
     weight_files,
@@ -30,6 +31,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+PLAIN = {"rope_type": "default", "rope_theta": 500000.0}
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ def config(folder: Path, found: dict | str | bytes, config_class=Config):
     return read_config(folder, config_class, model_types=("toy", "toy2"))
 
 
-def refused(folder: Path, found, said: str) -> None:
+def refused(folder: Path, found, said: str, config_class=Config) -> None:
     with pytest.raises(CheckpointError, match=said) as caught:
-        config(folder, found)
+        config(folder, found, config_class)
     assert str(folder / "config.json") in str(caught.value)
 
 
@@ -154,9 +156,92 @@ def test_types(value, hint, fits):
     assert is_a(value, hint) is fits
 
 
+# A config within a config
+
+
+@dataclass(frozen=True)
+class Tower:
+    image_size: int
+    depth: int = 2
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+
+    INERT: ClassVar[set[str]] = {"projection_dim"}
+
+    def __post_init__(self):
+        if self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} is below 1")
+
+
+@dataclass(frozen=True)
+class Composite:
+    vision_config: Tower
+    spare_config: Tower | None = None
+    text_config: Config = Config(4, "silu")
+    rest: dict[str, Any] | None = None
+
+
+BOTH = {"model_type": "toy", "vision_config": {"image_size": 8, "projection_dim": 7}}
+
+
+def test_an_object_becomes_the_dataclass_of_its_field(tmp_path):
+    more = {"text_config": {"hidden_size": 3, "hidden_act": "silu"}, "rest": {"image_size": 1}}
+    found = config(tmp_path, BOTH | more | {"spare_config": None}, Composite)
+    assert found == Composite(Tower(8), None, Config(3, "silu"), {"image_size": 1})
+    spare = {"image_size": 9, "rope_parameters": PLAIN, "rope_theta": None}
+    found = config(tmp_path, BOTH | {"spare_config": spare}, Composite)
+    assert found == Composite(Tower(8), Tower(9, rope_theta=500000.0))
+
+
+@pytest.mark.parametrize(
+    "part, said",
+    [
+        ({}, "json: vision_config lacks image_size$"),
+        ({"image_size": "8"}, "json: vision_config: image_size='8' isn't of type int$"),
+        ({"image_size": 0}, "json: vision_config: image_size=0 is below 1$"),
+        ([8], r"json: vision_config=\[8\] isn't of type Tower$"),
+        (None, "json: vision_config=None isn't of type Tower$"),
+        (
+            {"image_size": 8, "rope_theta": 1.0, "rope_parameters": PLAIN},
+            "json: vision_config: these contradict each other: rope_theta=1.0",
+        ),
+        (
+            {"image_size": 8, "quantization_config": {"bits": 4}},
+            "json: vision_config: quantization_config isn't supported",
+        ),
+    ],
+)
+def test_what_is_wrong_within_a_part_is_named_with_it(tmp_path, part, said):
+    refused(tmp_path, BOTH | {"vision_config": part}, said, Composite)
+
+
+def test_unknown_keys_of_parts_are_reported_in_one_warning(tmp_path):
+    found = BOTH | {
+        "vision_config": {"image_size": 8, "zebra": 1, "patch": 2},
+        "text_config": {"hidden_size": 3, "hidden_act": "silu", "projection_dim": 7},
+        "ant": 1,
+    }
+    said = r"json: not read: ant, vision_config\.patch, vision_config\.zebra, text_config\.projec"
+    with pytest.warns(UserWarning, match=said) as caught:
+        config(tmp_path, found, Composite)
+    assert len(caught) == 1
+
+
+def test_a_part_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        part = {"image_size": 8, "model_type": "x", "pruned_heads": {}, "top_k": 50}
+        assert parse_config(part, Tower, source="here") == Tower(8)
+    with pytest.warns(UserWarning, match="^here: not read: zebra$"):
+        parse_config({"image_size": 8, "zebra": 0}, Tower, source="here")
+    with pytest.raises(CheckpointError, match=r"^here lacks image_size$"):
+        parse_config({"depth": 8}, Tower, source="here")
+    with pytest.raises(CheckpointError, match=r"^here: image_size=0 is below 1$"):
+        parse_config({"image_size": 0}, Tower, source="here")
+
+
 # RoPE in two spellings
 
-PLAIN = {"rope_type": "default", "rope_theta": 500000.0}
 SCALED = LLAMA3 | {"rope_theta": 500000.0}
 
 
