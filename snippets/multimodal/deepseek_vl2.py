@@ -24,6 +24,7 @@ from snippets.attention.kv_cache import KVCache
 from snippets.common.checkpoint import load_weights, read_config, read_json, read_tensors
 from snippets.models.deepseek_v2 import DeepseekV2, DeepseekV2Config, DeepseekV2Layer
 from snippets.models.llama import LlamaLayer
+from snippets.multimodal.llava import merge_images
 from snippets.multimodal.siglip import SiglipVisionConfig, SiglipVisionTransformer
 
 IMAGE = "<image>"  # how the placeholder is written; its number is the tokenizer's
@@ -156,9 +157,8 @@ class LanguageConfig(DeepseekV2Config):
     @property
     def size_of_head(self) -> int:
         """The features that turn: a part of the head in latent attention, else all."""
-        if self.use_mla:
-            return super().size_of_head
-        return self.hidden_size // self.num_attention_heads
+        whole = self.hidden_size // self.num_attention_heads
+        return self.qk_rope_head_dim if self.use_mla else whole
 
 
 @dataclass(frozen=True)
@@ -293,15 +293,19 @@ class DeepseekVL2(nn.Module):
                 need, or image tokens as the images give; views without tiles, or tiles without
                 views; a mask that isn't as long as cached and new tokens.
         """
-        x = self.language.model.embed_tokens(input_ids)  # b t d
         if (pixel_values is None) != (tiles is None):
             raise ValueError("pixel_values and tiles come together, or neither comes")
-        if pixel_values is not None:
-            features = self.image_features(pixel_values, tiles)
-            x = merge_images(input_ids, x, features, self.config.image_token_id)
-        elif self.config.image_token_id is not None and not (cache and cache.length):
-            # Later on the model may have written one itself.
-            merge_images(input_ids, x, x[0, :0], self.config.image_token_id)
+        x = self.language.model.embed_tokens(input_ids)  # b t d
+        token = self.config.image_token_id
+        if pixel_values is not None and token is None:
+            raise ValueError("image_token_id isn't known, which stands where an image is")
+        # Behind a prompt, a placeholder without an image is one that the model itself wrote.
+        fresh = token is not None and (cache is None or cache.length == 0)
+        if pixel_values is not None or fresh:
+            features = None
+            if pixel_values is not None:
+                features = self.image_features(pixel_values, tiles)[None]  # 1 n d
+            x = merge_images(input_ids, x, features, token)
         return self.language.head(self.language.model.decode(x, attention_mask, cache))
 
     def image_features(
@@ -401,19 +405,3 @@ def find_image_token(folder: str | Path) -> int | None:
     path = Path(folder) / "tokenizer.json"
     added = read_json(path).get("added_tokens", []) if path.is_file() else []
     return next((token["id"] for token in added if token["content"] == IMAGE), None)
-
-
-def merge_images(
-    input_ids: Int[Tensor, "b t"],
-    x: Float[Tensor, "b t d"],
-    features: Float[Tensor, "n d"],
-    image_token: int | None,
-) -> Float[Tensor, "b t d"]:
-    if image_token is None:
-        raise ValueError("image_token_id isn't known")
-    places = input_ids == image_token
-    # A compiled model runs without looking at numbers, and can't count.
-    counts = not torch.compiler.is_compiling()
-    if counts and (found := int(places.sum())) != len(features):
-        raise ValueError(f"{found} image tokens, {len(features)} features of images")
-    return x.masked_scatter(places[..., None], features.to(x.dtype))

@@ -389,17 +389,17 @@ def test_views_and_tiles_reach_their_own_places(folder):
 
 
 WRONG = [
-    (lambda ids, x, tiles: (ids[:, 4:], x, tiles), r"\b56 image tokens.* 57\b"),
+    (lambda ids, x, tiles: (ids[:, 4:], x, tiles), r"\b56 placeholders.* 57\b"),
     (lambda ids, x, tiles: (ids, x[:-1], tiles), r"\b2 views.* 3\b"),
     (lambda ids, x, tiles: (ids, torch.cat((x, x)), tiles), r"\b6 views.* 3\b"),
-    (lambda ids, x, tiles: (ids, x[:2], [(1, 1)]), r"\b57 image tokens.* 41\b"),
-    (lambda ids, x, tiles: (ids, x, [(1, 2)]), r"\b57 image tokens.* 61\b"),
+    (lambda ids, x, tiles: (ids, x[:2], [(1, 1)]), r"\b57 placeholders.* 41\b"),
+    (lambda ids, x, tiles: (ids, x, [(1, 2)]), r"\b57 placeholders.* 61\b"),
     (lambda ids, x, tiles: (ids, x[:1], [(0, 1)]), r"without tiles: \[\(0, 1\)\]"),
     (lambda ids, x, tiles: (ids, x[..., :-1], tiles), r"\(3, 3, 45, 44\).* 3x45x45"),
     (lambda ids, x, tiles: (ids, x[:, :2], tiles), r"\(3, 2, 45, 45\).* 3x45x45"),
     (lambda ids, x, tiles: (ids, x, None), "come together"),
     (lambda ids, x, tiles: (ids, None, tiles), "come together"),
-    (lambda ids, x, tiles: (ids, None, None), r"\b57 image tokens.* 0\b"),
+    (lambda ids, x, tiles: (ids, None, None), r"\b57 placeholders.* 0\b"),
 ]
 
 
