@@ -256,7 +256,11 @@ class DeepseekVL2Language(DeepseekV2):
 
 
 class DeepseekVL2(nn.Module):
-    """A DeepSeek-VL2 that gives logits; parameters are named as in published checkpoints."""
+    """A DeepSeek-VL2 that gives logits.
+
+    Parameters are named as in published checkpoints; those of the tower as in SigLIP's, and
+    `of_tower` translates.
+    """
 
     def __init__(self, config: DeepseekVL2Config):
         super().__init__()
@@ -315,8 +319,8 @@ class DeepseekVL2(nn.Module):
     ) -> Float[Tensor, "t d"]:
         """What stands in the place of the image tokens, of all images one after the other."""
         tiles = [(int(columns), int(rows)) for columns, rows in tiles]
-        if any(columns < 1 or rows < 1 for columns, rows in tiles):
-            raise ValueError(f"an image without tiles: {tiles}")
+        if not tiles or any(columns < 1 or rows < 1 for columns, rows in tiles):
+            raise ValueError(f"no image, or an image without tiles: {tiles}")
         counts = [1 + columns * rows for columns, rows in tiles]
         if len(pixel_values) != sum(counts):
             raise ValueError(f"{len(pixel_values)} views, {tiles} tiles need {sum(counts)}")
@@ -380,12 +384,12 @@ def of_tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Where one matrix makes queries, keys and values, it is cut in three.
     """
-    renamed = {}
-    for name, tensor in tensors.items():
+    renamed = {name: x for name, x in tensors.items() if not name.startswith("vision.")}
+    for name in tensors.keys() - renamed.keys():
+        tensor = tensors[name]
         for old, new in TOWER.items():
-            if name.startswith("vision."):
-                name = name.replace(old, new)
-        if ".attn.qkv." in name and name.startswith("vision."):
+            name = name.replace(old, new)
+        if ".attn.qkv." in name:
             parts = zip("qkv", tensor.chunk(3), strict=False)
             renamed |= {name.replace(".attn.qkv.", f".self_attn.{x}_proj."): y for x, y in parts}
         elif name == "vision.pos_embed":
