@@ -342,6 +342,7 @@ def test_a_config_that_cannot_be_honoured_is_refused(folder, changes, said):
         ((1, 30, 30), False, "1 channels, num_channels=3"),
         ((3, 30, 36), False, "30x36 pixels, image_size=30x30"),
         ((3, 36, 30), False, "36x30 pixels, image_size=30x30"),
+        ((3, 20, 45), False, "20x45 pixels, image_size=30x30"),  # as many
         ((3, 30, 5), True, "30x5 pixels are less than one patch of 6x6"),
         ((3, 5, 30), True, "5x30 pixels are less than one patch of 6x6"),
     ],
