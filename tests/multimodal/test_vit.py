@@ -262,12 +262,18 @@ def rewrite(folder, change):
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
-def test_a_pooler_is_named_and_not_used(folder, ours):
-    pooler = {"vit.pooler.dense.weight": torch.ones(48, 48), "vit.pooler.dense.bias": torch.ones(48)}  # fmt: skip # noqa: E501
-    rewrite(folder, lambda tensors: tensors | pooler)
-    with pytest.warns(UserWarning, match=r"not used for classes: vit\.pooler\.dense\.bias, vit\."):
-        again = ViT.from_pretrained(folder)
-    assert torch.equal(again(images(30, 30)), ours(images(30, 30)))
+@torch.no_grad()
+def test_a_pooler_is_not_used_for_classes(folder, ours):
+    """As transformers does it; a folder that holds nothing else is refused."""
+    pooler = {"dense.weight": torch.ones(48, 48), "dense.bias": torch.ones(48)}
+    rewrite(folder, lambda tensors: tensors | {f"vit.pooler.{k}": v for k, v in pooler.items()})
+    expected = ViTForImageClassification.from_pretrained(folder)(images(30, 30)).logits
+    assert_close(ViT.from_pretrained(folder)(images(30, 30)), expected)
+    transformers.ViTModel(transformers.ViTConfig(**BASE)).save_pretrained(folder)
+    edit(folder, model_type="vit")
+    said = r"missing: vit\.embeddings\..* classifier\.bias; unexpected: .*pooler\.dense\.bias"
+    with pytest.raises(CheckpointError, match=said):
+        ViT.from_pretrained(folder)
 
 
 def test_a_file_without_a_classifier_is_refused(folder):
