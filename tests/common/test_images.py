@@ -369,7 +369,16 @@ def test_a_processor_s_own_file_is_read_too(tmp_path):
 
 
 def test_a_key_that_could_matter_is_reported(tmp_path):
-    write(tmp_path, size=8, do_flip=True, image_seq_length=7, high_res_size=3, null=None, **NUMBERS)
+    write(
+        tmp_path,
+        size=8,
+        do_flip=True,
+        do_mirror=False,
+        image_seq_length=7,
+        high_res_size=3,
+        null=None,
+        **NUMBERS,
+    )
     with pytest.warns(UserWarning, match=r"preprocessor_config\.json: not read: do_flip$"):
         ImageProcessor.from_pretrained(tmp_path)
 

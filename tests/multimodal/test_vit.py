@@ -137,6 +137,8 @@ def test_resampled_positions_are_bicubic():
 def test_half_precision_equals_transformers(dtype, folder):
     theirs = ViTForImageClassification.from_pretrained(folder, dtype=dtype)
     ours = ViT.from_pretrained(folder, dtype=dtype)
+    theirs.save_pretrained(folder / "half")
+    assert ViT.from_pretrained(folder / "half").classifier.weight.dtype == dtype
     for size in (30, 48):
         expected = theirs(images(size, size), interpolate_pos_encoding=True).logits
         found = ours(images(size, size), interpolate_pos_encoding=True)  # float32 goes in
