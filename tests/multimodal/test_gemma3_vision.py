@@ -184,6 +184,17 @@ def test_no_padding_and_no_mask_are_the_same(pair):
 
 
 @torch.no_grad()
+def test_masked_tokens_of_an_image_are_seen_by_nobody(pair):
+    ours, theirs, _ = pair
+    ids, mask = prompts(rows=("ti", "it"))
+    mask[0, 8:] *= ids[0, 8:] != IMAGE  # the rest of its image
+    images = pictures(2)
+    assert 0 < (mask[0] * (ids[0] == IMAGE)).sum() < M
+    expected = reference(theirs, ids, mask, images)
+    assert_close(ours(ids, images, mask)[mask.bool()], expected[mask.bool()])
+
+
+@torch.no_grad()
 def test_images_that_touch_are_one_run_as_in_transformers(pair):
     ours, theirs, _ = pair
     ids = torch.tensor([[5, *[IMAGE] * 2 * M, 6, 7], [5, *[IMAGE] * M, 8, *[IMAGE] * M, 7]])
