@@ -56,7 +56,7 @@ class Gemma3VisionConfig:
         return math.isqrt(self.mm_tokens_per_image)
 
 
-class Projector(nn.Module):
+class Gemma3Projector(nn.Module):
     """From patches to tokens: norm(mean of a square of patches) W, with W as e d."""
 
     def __init__(self, config: Gemma3VisionConfig):
@@ -83,7 +83,7 @@ class Gemma3Vision(nn.Module):
         self.config = config
         text = replace(config.text_config, tie_word_embeddings=config.tie_word_embeddings)
         self.vision_tower = SiglipVisionTransformer(config.vision_config)
-        self.multi_modal_projector = Projector(config)
+        self.multi_modal_projector = Gemma3Projector(config)
         self.language_model = Gemma3(text)
 
     def forward(
