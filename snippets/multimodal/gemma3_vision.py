@@ -57,7 +57,7 @@ class Gemma3VisionConfig:
 
 
 class Gemma3Projector(nn.Module):
-    """From patches to tokens: norm(mean of a square of patches) W, with W as e d."""
+    """From patches to tokens: norm(mean of a square of patches) M, with M as e d."""
 
     def __init__(self, config: Gemma3VisionConfig):
         super().__init__()
