@@ -23,6 +23,8 @@ from snippets.multimodal.deepseek_vl2 import (
     DeepseekVL2Config,
     DeepseekVL2Layer,
     LanguageConfig,
+    Projector,
+    ProjectorConfig,
     gather_patches,
     num_image_tokens,
 )
@@ -328,6 +330,20 @@ def test_patches_are_gathered_in_squares(side, ratio):
                     wanted = grid[:, row, column] if inside else torch.zeros(2, 5)
                     own = found[:, i * lines + j].view(2, 5, ratio, ratio)[..., a, b]
                     assert torch.equal(own, wanted)
+
+
+@torch.no_grad()
+def test_a_deeper_and_wider_projector():
+    config = ProjectorConfig(input_dim=5, n_embed=6, depth=4, mlp_ratio=3)
+    projector, x = Projector(config), torch.randn(2, 9, 5)
+    wide = [tuple(w.shape) for w in projector.parameters() if w.ndim == 2]
+    assert wide == [(18, 20), (18, 18), (18, 18), (6, 18)]
+    y = gather_patches(x, 2)
+    maps = list(projector.parameters())
+    for number, (weight, bias) in enumerate(zip(maps[::2], maps[1::2], strict=True)):
+        y = (F.gelu(y) if number else y) @ weight.T + bias
+    assert_close(projector(x), y)
+    assert list(projector.state_dict())[-1] == "layers.6.bias"
 
 
 @pytest.mark.parametrize("columns, rows", [(1, 1), (2, 1), (1, 3), (3, 3), (9, 1), (2, 4)])
