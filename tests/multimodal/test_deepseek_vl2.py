@@ -558,8 +558,8 @@ FULL = {
         n_routed_experts=72, routed_scaling_factor=2.0, vocab_size=129280,
     ),
 }  # fmt: skip
-# Billions: all, by the pages of the checkpoints; in use, by the paper's abstract; in use in the
-# language model, by its table 1. The second is the third plus 0.4.
+# Billions: all, by the pages of the checkpoints; in use, by the abstract of arXiv:2412.10302; in
+# use in the language model, by its text. The second is the third plus 0.4.
 COUNTS = {"Tiny": (3.37, 1.0, 0.57), "Small": (16.1, 2.8, 2.4), "VL2": (27.5, 4.5, 4.1)}
 
 
