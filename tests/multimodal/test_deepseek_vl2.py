@@ -428,6 +428,18 @@ def test_what_does_not_fit_is_refused(change, said, folder):
         ours(*change(ids, views(tiles), tiles))
 
 
+@torch.no_grad()
+def test_a_placeholder_without_an_image(folder):
+    """Refused in a prompt; behind one it is a word that the model wrote."""
+    ours, word = DeepseekVL2.from_pretrained(folder), torch.tensor([[IMAGE]])
+    cache = ours.new_cache()
+    for empty in (None, cache):
+        with pytest.raises(ValueError, match=r"\b1 placeholders.* 0 image tokens"):
+            ours(word, cache=empty)
+    ours(prompt(IMAGE, 1, 4), cache=cache)
+    assert ours(word, cache=cache).isfinite().all() and cache.length == 5
+
+
 def test_the_number_of_the_placeholder(folder):
     assert DeepseekVL2.from_pretrained(folder).config.image_token_id == IMAGE
     assert DeepseekVL2.from_pretrained(folder, image_token_id=7).config.image_token_id == 7
