@@ -77,6 +77,8 @@ def test_effective_and_wasted_pixels():
     assert effective_and_wasted((200, 100), (384, 384)) == (20000, 384 * 384 - 20000)
     assert effective_and_wasted((2000, 1000), (384, 384)) == (384 * 192, 384 * 192)
     assert effective_and_wasted((768, 384), (768, 384)) == (768 * 384, 0)
+    # Each side is cut off to whole pixels: 127.87.
+    assert effective_and_wasted((1000, 333), (384, 384))[0] == 384 * 127
 
 
 @pytest.mark.parametrize(
