@@ -627,11 +627,14 @@ def test_gradients_reach_all_parts(pair):
 SIDES = [
     (900, 900), (900, 1079), (900, 1080), (900, 1350), (900, 1351), (900, 4000), (256, 512),
     (256, 511), (255, 2000), (300, 400), (2000, 300), (1201, 997), (3000, 700), (300, 301), (1, 9),
+    (600, 1500),  # 2.5 crops are 3
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("height, width", SIDES)
-@pytest.mark.parametrize("options", [{}, {"min_size": 100, "most": 6, "min_ratio": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"min_size": 100, "most": 6, "min_ratio": 1.5}, {"min_ratio": 1.0}]
+)
 def test_crops_are_the_reference_processors(height, width, options):
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     image = torch.stack((rows.expand(height, width), columns.expand(height, width))).numpy()
