@@ -17,7 +17,8 @@ from pathlib import Path
 
 from .source import WIDTH, FlattenError, Source, plain
 
-NEEDED = ("torch", "safetensors", "triton")  # what one file may import besides the standard library
+# What one file may import besides the standard library.
+NEEDED = ("torch", "safetensors", "triton", "PIL")
 OF_THE_FILE = ("__name__", "__file__", "__spec__", "__package__", "globals")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)

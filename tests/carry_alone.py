@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-NEEDED = {"torch", "safetensors"}
+NEEDED = {"torch", "safetensors", "PIL"}
 
 
 class Refuse:

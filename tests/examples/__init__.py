@@ -1,7 +1,7 @@
 """For each module, what tests/test_carry.py calls: the original and its one-file form.
 
 An example, `tests/examples/TOPIC/NAME.py`, has `calls(m)`: it takes the module and gives calls,
-each a callable of it with its inputs. Only torch and safetensors may be imported there: the
+each a callable of it with its inputs. Only torch, safetensors and PIL may be imported there: the
 one-file form is called where nothing else can be.
 """
 

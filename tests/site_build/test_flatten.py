@@ -257,7 +257,7 @@ REFUSED = {
     "from __future__ import annotations\n": "target.py:1: from __future__",
     "from parts.rope import *\n": r"target.py:1: from parts.rope import \*",
     "import math\n\nfrom math import *\n": r"target.py:3: from math import \*",
-    "import numpy\n": "target.py:1: imports numpy; one file may need torch, safetensors and triton only",
+    "import numpy\n": "target.py:1: imports numpy; one file may need torch, safetensors, triton and PIL only",
     "def f():\n    import transformers\n": "target.py:2: imports transformers",
     "from parts.circle import a\n": "a circle of imports: parts/circle.py imports parts/other.py imports parts/circle.py",
     "from parts.target import x\n": "parts/target.py imports parts/target.py",
