@@ -179,8 +179,11 @@ class DeepseekVLModel(nn.Module):
         attention_mask: Int[Tensor, "b s"] | None,
         cache: KVCache | None,
     ) -> Float[Tensor, "b t d"]:
+        """The stream behind the last norm, with images where their place holders stand."""
         x = self.language_model.embed_tokens(input_ids)  # b t d
-        if images is not None:
+        # A lone token behind a cache is one that the model wrote: a word, whichever it is.
+        past = 0 if cache is None else cache.length
+        if images is not None or past == 0 or input_ids.shape[1] > 1:
             x = merge_images(input_ids, x, images, self.config.image_token_id)
         return self.language_model.decode(x, attention_mask, cache)
 
