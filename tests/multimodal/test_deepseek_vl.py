@@ -345,7 +345,8 @@ def test_files_with_one_level_more_are_read(kind, tmp_path):
     images = pictures(ours.config)
     with torch.no_grad():
         assert_close(ours(input_ids=ids, **images), theirs(input_ids=ids, **images).logits)
-    save_file(renamed | tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    both = {name: tensor.clone() for name, tensor in (renamed | tensors).items()}
+    save_file(both, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="one tower, two layouts"):
         KINDS[kind][0].from_pretrained(tmp_path)
 
@@ -382,8 +383,8 @@ def test_the_head_is_the_files_whatever_the_config_says(said, file, tmp_path):
         tensors = load_file(tmp_path / "model.safetensors")
         del tensors["lm_head.weight"]
         save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    edit(tmp_path, *["tie_word_embeddings"] * (said is None), **{"tie_word_embeddings": said})
-    if said is None:
+    edit(tmp_path, tie_word_embeddings=said)
+    if said is None:  # files of 2025 leave it out
         edit(tmp_path, "tie_word_embeddings")
     if said is False and file == "no head":
         with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
@@ -464,10 +465,6 @@ def test_wrong_counts_and_shapes_are_refused(folder):
         ours(input_ids=fewer, **images)
     with pytest.raises(ValueError, match="27 placeholders .* 0 image tokens"):
         ours(input_ids=ids)
-    cache = ours.new_cache()
-    ours(input_ids=ids[:, :2], cache=cache)
-    with pytest.raises(ValueError, match="25 placeholders|27 placeholders"):
-        ours(input_ids=ids[:, 2:], cache=cache)
     for name in images:
         with pytest.raises(ValueError, match=f"^{name} alone"):
             ours(input_ids=ids, **{name: images[name]})
