@@ -36,6 +36,9 @@ INERT = {
     "diversity_penalty", "encoder_no_repeat_ngram_size", "length_penalty", "max_length",
     "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
     "repetition_penalty", "temperature", "top_k", "top_p", "typical_p",
+    # Of vision models: dropout, and parts that the logits don't come from.
+    "attention_probs_dropout_prob", "encoder_stride", "hidden_dropout_prob", "pooler_act",
+    "pooler_output_size", "problem_type",
 }  # fmt: skip
 
 Config = TypeVar("Config")

@@ -194,9 +194,15 @@ class Gemma3Model(nn.Module):
         x: Float[Tensor, "b t d"],
         attention_mask: Int[Tensor, "b s"] | None = None,
         cache: KVCache | None = None,
+        pairs: Bool[Tensor, "b 1 t s"] | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """The layers and the last norm, on tokens that are embedded already."""
+        """The layers and the last norm, on tokens that are embedded already.
+
+        `pairs` says who may attend to whom where that isn't causal, padding included; layers
+        with a window still forget what lies too far back.
+        """
         positions, mask = places(x, attention_mask, 0 if cache is None else cache.length)
+        mask = mask if pairs is None else pairs
         rotations = {}
         for kind in (FULL, SLIDING):
             inv_freq, factor = self.config.frequencies(kind)
@@ -234,7 +240,10 @@ class Gemma3(nn.Module):
         Raises:
             ValueError: the attention mask isn't as long as cached and new tokens.
         """
-        x = self.model(input_ids, attention_mask, cache)
+        return self.head(self.model(input_ids, attention_mask, cache))
+
+    def head(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        """Logits of hidden states behind the last norm."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(x, head.weight)
 
