@@ -89,7 +89,7 @@ class DeepseekVLConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """Place holders that an image needs among the tokens."""
+        """Placeholders that an image needs among the tokens."""
         return self.vision_config.grid**2
 
 
@@ -169,7 +169,7 @@ class DeepseekVLModel(nn.Module):
         self.language_model = LlamaModel(config.text_config)
 
     def see(self, pixel_values: Float[Tensor, "i c y x"]) -> Float[Tensor, "i n d"]:
-        """What takes the place of an image's place holders."""
+        """What takes the place of an image's placeholders."""
         return self.aligner(self.vision_model(pixel_values))
 
     def read(
@@ -179,11 +179,10 @@ class DeepseekVLModel(nn.Module):
         attention_mask: Int[Tensor, "b s"] | None,
         cache: KVCache | None,
     ) -> Float[Tensor, "b t d"]:
-        """The stream behind the last norm, with images where their place holders stand."""
+        """The stream behind the last norm, with images where their placeholders stand."""
         x = self.language_model.embed_tokens(input_ids)  # b t d
-        # A lone token behind a cache is one that the model wrote: a word, whichever it is.
-        past = 0 if cache is None else cache.length
-        if images is not None or past == 0 or input_ids.shape[1] > 1:
+        # Behind a prompt, a placeholder without an image is one that the model itself wrote.
+        if images is not None or cache is None or cache.length == 0:
             x = merge_images(input_ids, x, images, self.config.image_token_id)
         return self.language_model.decode(x, attention_mask, cache)
 
@@ -220,7 +219,7 @@ class DeepseekVLHybridModel(DeepseekVLModel):
         pixel_values: Float[Tensor, "i c y x"],
         high_res_pixel_values: Float[Tensor, "j c Y X"],
     ) -> Float[Tensor, "i n d"]:
-        """What takes the place of an image's place holders.
+        """What takes the place of an image's placeholders.
 
         Raises:
             ValueError: not each image is there in both resolutions.
@@ -261,7 +260,7 @@ class DeepseekVL(nn.Module):
         Args:
             input_ids: the tokens that come after those in the cache; for each image as many of
                 `image_token_id` as `config.num_image_tokens` says.
-            pixel_values: the images of the whole batch, in the order of their place holders.
+            pixel_values: the images of the whole batch, in the order of their placeholders.
             attention_mask: 1 for tokens and 0 for padding, over cached and new tokens.
             cache: from `new_cache`; keys and values of the new tokens are added to it.
 
@@ -275,7 +274,9 @@ class DeepseekVL(nn.Module):
     def head(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Logits of hidden states behind the last norm."""
         tied = self.config.tie_word_embeddings
-        return F.linear(x, (self.model.language_model.embed_tokens if tied else self.lm_head).weight)
+        return F.linear(
+            x, (self.model.language_model.embed_tokens if tied else self.lm_head).weight
+        )
 
     def new_cache(self) -> KVCache:
         """An empty cache, for one batch of prompts."""
