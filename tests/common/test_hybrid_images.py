@@ -1,9 +1,10 @@
-"""Images in two resolutions against transformers' image processor."""
+"""Images for two eyes, against the image processor of transformers' hybrid DeepSeek-VL."""
 
 import json
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
     DeepseekVLHybridImageProcessorPil,
@@ -11,63 +12,59 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
 
 from snippets.common.checkpoint import CheckpointError
 from snippets.common.hybrid_images import HybridImageProcessor
-from snippets.common.images import ImageError, ImageProcessor
-from tests.common.test_images import IMAGES, MEAN, STD
+from snippets.common.images import ImageError
 
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 PROCESSORS = {
-    "small": dict(size={"height": 24, "width": 24}, high_res_size={"height": 64, "width": 64}),
-    "the high one is lower": dict(
-        size={"height": 49, "width": 49}, high_res_size={"height": 33, "width": 33}
+    "as published": DeepseekVLHybridImageProcessorPil(
+        size={"height": 24, "width": 24}, high_res_size={"height": 64, "width": 64}, min_size=7
     ),
-    "a large min_size": dict(
-        size={"height": 20, "width": 20}, high_res_size={"height": 40, "width": 40}, min_size=45
+    "other colours": DeepseekVLHybridImageProcessorPil(
+        size={"height": 21, "width": 21}, high_res_size={"height": 50, "width": 50}, min_size=3,
+        image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], high_res_image_mean=MEAN,
+        high_res_image_std=STD, resample=2,
     ),
-    "as published": dict(),
-}
+}  # fmt: skip
+SIZES = [(64, 64), (90, 41), (20, 33), (1, 1), (200, 20), (19, 190)]
 
 
-@pytest.fixture(params=PROCESSORS)
-def processor(request):
-    numbers = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2)
-    high = dict(high_res_image_mean=MEAN, high_res_image_std=STD)
-    return DeepseekVLHybridImageProcessorPil(**numbers, **high, **PROCESSORS[request.param])
+def noise(width: int, height: int) -> Image.Image:
+    drawn = torch.Generator().manual_seed(width)
+    values = torch.randint(256, (height, width, 3), generator=drawn, dtype=torch.uint8)
+    return Image.frombytes("RGB", (width, height), values.numpy().tobytes())
 
 
-@pytest.mark.parametrize("name", ["smaller", "larger, odd", "one pixel", "panorama", "tower"])
-def test_both_resolutions_equal_transformers_to_the_bit(processor, name, tmp_path):
-    processor.save_pretrained(tmp_path)
-    ours = HybridImageProcessor.from_pretrained(tmp_path)
-    expected = processor([IMAGES[name]], return_tensors="pt")
-    found = ours(IMAGES[name])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("theirs", PROCESSORS.values(), ids=PROCESSORS)
+def test_pixels_equal_transformers(theirs, size, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    ours, image = HybridImageProcessor.from_pretrained(tmp_path), noise(*size)
+    expected, found = theirs(image, return_tensors="pt"), ours(image)
     assert found.keys() == {"pixel_values", "high_res_pixel_values"}
-    for key in found:
-        assert torch.equal(found[key], expected[key])
+    for name, pixels in found.items():
+        assert_close(pixels, expected[name], atol=1e-5, rtol=0)
+    low, high = found["pixel_values"], found["high_res_pixel_values"]
+    assert low.shape[2] < high.shape[2] == theirs.high_res_size["height"]
 
 
-def test_a_batch_is_its_images_whatever_their_sizes(tmp_path):
-    DeepseekVLHybridImageProcessorPil(**PROCESSORS["small"]).save_pretrained(tmp_path)
-    ours = HybridImageProcessor.from_pretrained(tmp_path)
-    found = ours([IMAGES["panorama"], IMAGES["transparent"]])
-    assert found["pixel_values"].shape == (2, 3, 24, 24)
-    assert found["high_res_pixel_values"].shape == (2, 3, 64, 64)
-    for key, alone in ours(IMAGES["transparent"]).items():
-        assert torch.equal(found[key][1:], alone)
-    # The border is grey in both: the mean colour, which is close to 0 when it is normalised.
-    for pixels in found.values():
-        assert_close(pixels[0, :, 0], torch.zeros_like(pixels[0, :, 0]), atol=0.02, rtol=0)
+def test_several_images_and_files_are_one_batch(tmp_path):
+    theirs = PROCESSORS["as published"]
+    theirs.save_pretrained(tmp_path)
+    ours, images = HybridImageProcessor.from_pretrained(tmp_path), [noise(31, 50), noise(70, 9)]
+    images[1].save(tmp_path / "second.png")
+    found = ours([images[0], tmp_path / "second.png"])
+    expected = theirs(images, return_tensors="pt")
+    for name, pixels in found.items():
+        assert_close(pixels, expected[name], atol=1e-5, rtol=0)
+    (tmp_path / "second.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"second\.png: not an image"):
+        ours([images[0], tmp_path / "second.png"])
 
 
-def test_files_and_images_that_do_not_fit_are_refused(tmp_path):
-    numbers = dict(resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    one = ImageProcessor(size={"height": 8, "width": 8}, **numbers)
-    with pytest.raises(ImageError, match="none given"):
-        HybridImageProcessor(one, one)([])
-    with pytest.raises(ImageError, match="there is no such file"):
-        HybridImageProcessor(one, one)(tmp_path / "none.png")
-    DeepseekVLHybridImageProcessorPil(**PROCESSORS["small"]).save_pretrained(tmp_path)
-    path = tmp_path / "preprocessor_config.json"
-    found = json.loads(path.read_text())
-    low = {key: value for key, value in found.items() if not key.startswith("high_res_")}
-    path.write_text(json.dumps(low))
-    with pytest.raises(CheckpointError, match="no key that begins with high_res_"):
+def test_the_folder_of_a_single_eye_is_refused(tmp_path):
+    PROCESSORS["as published"].save_pretrained(tmp_path)
+    path = next(tmp_path.glob("*processor_config.json"))
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if "high_res" not in k}
+    path.write_text(json.dumps(kept))
+    with pytest.raises(CheckpointError, match="has no key that begins with high_res_"):
         HybridImageProcessor.from_pretrained(tmp_path)
