@@ -146,6 +146,8 @@ def test_what_cannot_be_cut_is_refused():
         tile(Image.new("F", (30, 30)), SMALL)
     with pytest.raises(ValueError, match="30x24 pixels don't make tiles of 24"):
         tile(photograph(30, 24), [(24, 24), (30, 24)])
+    with pytest.raises(ValueError, match="24x30 pixels don't make tiles of 24"):
+        tile(photograph(24, 30), [(24, 24), (24, 30)])
     with pytest.raises(ValueError, match="no best of 0 resolutions"):
         tile(photograph(30, 24), [])
     with pytest.raises(ValueError, match=r"\(0, 5\)"):
