@@ -10,7 +10,6 @@ e features of SigLIP, f features of SAM, h w row and column of its tokens, r row
 image's tokens (n = r²), m features behind the convolutions (4 f).
 """
 
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.kv_cache import KVCache
-from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
+from snippets.common.checkpoint import (
+    drop_head_if_tied,
+    load_weights,
+    read_config,
+    read_tensors,
+)
 from snippets.models.llama import LlamaConfig, LlamaModel
 from snippets.multimodal.clip import layout
 from snippets.multimodal.llava import merge_images
@@ -85,7 +89,7 @@ class DeepseekVLConfig:
     text_config: TextConfig
     vision_config: VisionConfig = field(default_factory=VisionConfig)
     image_token_id: int = 100015
-    tie_word_embeddings: bool | None = None  # as the weights are; see `from_pretrained`
+    tie_word_embeddings: bool | None = None  # as the files are; see `from_pretrained`
 
     @property
     def num_image_tokens(self) -> int:
@@ -303,9 +307,9 @@ class DeepseekVL(nn.Module):
         config = read_config(folder, cls.config_class, model_types=cls.model_types)
         tensors = layout(read_tensors(folder, dtype), "model.vision_model.")
         tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
-        config = replace(config, tie_word_embeddings=is_tied(config, tensors, folder))
-        if config.tie_word_embeddings:
-            drop_tied_head(tensors, HEAD, TABLE, source=folder)
+        said = config.tie_word_embeddings
+        tied = drop_head_if_tied(said, tensors, HEAD, TABLE, source=folder)
+        config = replace(config, tie_word_embeddings=tied)
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, tensors, source=folder)
@@ -342,17 +346,3 @@ class DeepseekVLHybrid(DeepseekVL):
         if pixel_values is not None:
             images = self.model.see(pixel_values, high_res_pixel_values)
         return self.head(self.model.read(input_ids, images, attention_mask, cache))
-
-
-def is_tied(config: DeepseekVLConfig, tensors: dict[str, Tensor], folder: str | Path) -> bool:
-    """Whether the head is the embedding's matrix; warns where the config is wrong about it."""
-    if config.tie_word_embeddings is False:
-        return False
-    if HEAD not in tensors or torch.equal(tensors[HEAD], tensors.get(TABLE, tensors[HEAD])):
-        return True
-    if config.tie_word_embeddings:
-        warnings.warn(
-            f"{folder}: tie_word_embeddings is true, and {HEAD} differs from {TABLE}: not tied",
-            stacklevel=3,
-        )
-    return False
