@@ -1,9 +1,9 @@
-"""Ours against its peers: `python -m bench [engine | modules | models | adapters]`.
+"""Ours against its peers: `python -m bench [PART]`, engine, modules, models, multimodal, adapters.
 
 All runs of one comparison are interleaved, and what is printed are ratios of medians: on a
 noisy machine seconds mean little. The engine builds generated sites, whose pages hold six prose
 and six code cells and one figure, and import torch, matplotlib and a small local package. The
-modules, models and adapters do the work of their counterparts in transformers, torch or peft.
+other parts do the work of their counterparts in transformers, torch or peft.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from .sites import make_site
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parts = {"engine": engine, "modules": modules, "models": models, "adapters": adapters}
+    parts = {"engine": engine, "modules": modules, "models": models}
+    parts |= {"multimodal": multimodal, "adapters": adapters}
     parser.add_argument("part", nargs="?", choices=parts, help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     arguments = parser.parse_args()
@@ -56,6 +57,14 @@ def adapters(rounds: int) -> None:
     ours, theirs = peaks(pair)
     print(f"   (peak memory of a step: ours {ours / 1e6:.0f} MB, peft {theirs / 1e6:.0f} MB)")
     tell("peak memory of that step, against peft's", ours / theirs)
+
+
+def multimodal(rounds: int) -> None:
+    from .modules import ratio
+    from .multimodal import pairs
+
+    for pair in pairs():
+        tell(f"{pair.name}, against {pair.peer}", ratio(pair, max(5, rounds)))
 
 
 def engine(rounds: int) -> None:

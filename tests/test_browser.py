@@ -12,20 +12,37 @@ ROOT = Path(__file__).parents[1]
 SHOTS = ROOT / "build/screenshots"
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text("utf-8")
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+COLOURS = ["color-contrast", "link-in-text-block"]  # all that another scheme can change
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 SCHEMES = {"light": "default", "dark": "slate"}
+# What axe judges where, and leaves out: a phone has a desk's colours, the dark the light's boxes.
+LOOKS = {
+    ("desktop", "light"): (RULES, []),
+    ("phone", "light"): (RULES, COLOURS),
+    ("desktop", "dark"): (COLOURS, []),
+}
 TALLEST = 3000  # pixels of a page in its picture
-# A page has thousands of coloured words, which take axe ten seconds. Those that look the same
-# are one case: one of each kind stays marked.
-ONE_OF_EACH_COLOUR = """() => {
+# A page has thousands of coloured words and of pieces of formulas, which take axe ten seconds.
+# Of words that look the same one stays marked; a formula, which is hidden from screen readers and
+# has the colour of the text around it, becomes a box of its width.
+THIN = """() => {
   const seen = new Set()
   for (const word of document.querySelectorAll(".highlight code span")) {
     const kind = word.className + " in " + word.closest(".highlight").className
     if (seen.has(kind)) word.replaceWith(...word.childNodes)
     seen.add(kind)
   }
+  const formulas = [...document.querySelectorAll(".katex")]
+  const widths = formulas.map(formula => {
+    const boxes = [...formula.querySelectorAll(".base")].map(b => b.getBoundingClientRect())
+    return Math.max(...boxes.map(b => b.right)) - Math.min(...boxes.map(b => b.left))
+  })
+  formulas.forEach((formula, at) => {
+    const box = document.createElement("span")
+    Object.assign(box.style, { display: "inline-block", width: `${widths[at]}px` })
+    formula.replaceChildren(box)
+  })
 }"""
-# KaTeX's glyphs are hidden from screen readers and have the colour of the text around them.
 RUN_AXE = """async ([rules, without]) => {
   const options = {
     runOnly: rules,
@@ -79,13 +96,10 @@ def look(browser, base: str, pages: list[str], scheme: str, shots: Path) -> list
             tab.screenshot(path=shots / picture(name, size, scheme), full_page=True, clip=clip)
             if size == "desktop":
                 tab.evaluate(AXE)
-                tab.evaluate(ONE_OF_EACH_COLOUR)
-            if (size, scheme) == ("phone", "dark"):
-                continue  # the phone's boxes were seen in light
-            # The dearest rule: a phone shows no colours that a desk doesn't.
-            without = ["color-contrast"] if size == "phone" else []
-            for rule, places in tab.evaluate(RUN_AXE, [RULES, without]):
-                troubles.append(f"{name}: axe {rule}: {places}")
+                tab.evaluate(THIN)
+            if rules := LOOKS.get((size, scheme)):
+                found = tab.evaluate(RUN_AXE, rules)
+                troubles += [f"{name}: axe {rule}: {places}" for rule, places in found]
         shown = tab.evaluate("document.body.getAttribute('data-md-color-scheme')")
         if shown != SCHEMES[scheme]:
             troubles.append(f"{name}: colour scheme {shown}")

@@ -15,14 +15,15 @@ from nbclient import NotebookClient
 from playwright.sync_api import expect
 
 from site_build.flatten import flatten
+from site_build.forkserver import ForkServer
 from site_build.pages import read_page
 from tests.conftest import shared
 from tests.examples import NAMES
 from tests.test_layout import MODULES
 
 ROOT = Path(__file__).parents[1]
-# Prints through IPython where there is one; notebooks get it as it is.
-NOT_ONE_FILE = {"common/proof", "common/study"}
+# They show through IPython; notebooks get them as they are.
+NOT_ONE_FILE = {"common/proof", "common/study", "common/table"}
 CARRIED = [module for module in MODULES if module not in NOT_ONE_FILE]
 # Kernels need a GPU, or Triton's interpreter, in which their own tests run them.
 KERNELS = {"attention/flash_attention_triton"}
@@ -157,43 +158,84 @@ def test_a_button_copies_the_one_file(site, browser, address, way):
 # The notebook
 
 # What site-packages or the environment put on the path for this project goes again.
-CUSTOMIZE = """\
+LEAVE = """\
 import os, sys
 sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p or ".", "snippets"))]
+os.environ.pop("PYTHONPATH", None)
 """
 WHERE = "import snippets\nprint('snippets from', snippets.__path__[0])"
+# Big packages that many pages import, loaded once for all of them.
+PRELOAD = ["torch", "matplotlib.pyplot", "jaxtyping", "transformers", "peft"]
+PRELOAD += ["transformers.models.llama.modeling_llama"]
+# Readers have Jupyter's kernel. It takes seconds to start, and these show that it does the same.
+IN_A_KERNEL = ["attention/gqa.md", "foundations/optimizers.ipynb"]
 
 
-@pytest.mark.parametrize("source", EXECUTED)
-def test_the_notebook_runs_in_an_empty_folder(source, site, tmp_path):
-    stem = source.rpartition(".")[0]
-    notebook = nbformat.read(site / f"carry/{stem}.ipynb", as_version=4)
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    server = ForkServer(1, PRELOAD, tmp_path_factory.mktemp("scratch"))
+    yield server
+    server.close()
+
+
+def published(source: str, site: Path, empty: Path) -> list[str]:
+    """The code cells of a page's notebook, which is whole; what it needs is in the folder."""
+    notebook = nbformat.read(site / f"carry/{source.rpartition('.')[0]}.ipynb", as_version=4)
     nbformat.validate(notebook)
     cells = read_page(ROOT / "site_src", source).cells
     codes = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert [code.strip("\n") for code in codes[1:]] == [cell.code.strip("\n") for cell in cells]
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook/sitecustomize.py").write_text(CUSTOMIZE)
-    empty = tmp_path / "empty"
     empty.mkdir()
     if "makers=['weights" in codes[0]:  # their data, which would take a download and 10 s
         (empty / "build").mkdir()
         (empty / "build/weights").symlink_to(ROOT / "build/weights")
-    notebook.cells.append(nbformat.v4.new_code_cell(WHERE))
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(tmp_path / "hook"), "PIP_NO_INDEX": "1"}
-    client = NotebookClient(
-        notebook,
-        timeout=240,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(empty)}},
-    )
-    client.execute(env=environment)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    # A kernel may send what one `print` wrote in several pieces.
-    first, last = ("".join(o.get("text", "") for o in code[at].outputs) for at in (0, -1))
+    return codes
+
+
+def refuse_leftovers(first: str, last: str, codes: list[str], empty: Path) -> None:
     assert first == "", "all is installed, and nothing is missing"
     if "from snippets" in "".join(codes[1:]):
         assert last == f"snippets from {empty}/snippets\n"
     written = {p.relative_to(empty).as_posix() for p in empty.rglob("*.py")}
     assert not [p for p in written if "jaxtyping" in (empty / p).read_text().split("import")]
+
+
+@pytest.mark.parametrize("number, source", enumerate(EXECUTED), ids=EXECUTED)
+def test_the_notebook_runs_in_an_empty_folder(number, source, site, tmp_path, forks):
+    empty = tmp_path / "empty"
+    codes = published(source, site, empty)
+    job = {
+        "id": number,
+        "page": source,
+        "root": str(empty),
+        "ignore": [],
+        "threads": 1,
+        "timeout": 800,
+        "cells": [LEAVE, *codes, WHERE],
+    }
+    done = forks.submit(job).result()
+    assert "died" not in done, done
+    assert done["record"]["error"] is None, done["record"]["error"]
+    first, last = ("".join(o.get("text", "") for o in done["outputs"][at]) for at in (1, -1))
+    refuse_leftovers(first, last, codes, empty)
+
+
+@pytest.mark.parametrize("source", IN_A_KERNEL)
+def test_the_notebook_runs_in_a_kernel(source, site, tmp_path):
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(LEAVE)
+    empty = tmp_path / "empty"
+    codes = published(source, site, empty)
+    cells = [nbformat.v4.new_code_cell(code) for code in [*codes, WHERE]]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(tmp_path / "hook"), "PIP_NO_INDEX": "1"}
+    client = NotebookClient(
+        nbformat.v4.new_notebook(cells=cells),
+        timeout=240,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(empty)}},
+    )
+    client.execute(env=environment)
+    # A kernel may send what one `print` wrote in several pieces.
+    first, last = ("".join(o.get("text", "") for o in cells[at].outputs) for at in (0, -1))
+    refuse_leftovers(first, last, codes, empty)

@@ -10,7 +10,7 @@ Axes: b batch, g key-value head, t new token, s token kept or new (s >= t), k fe
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from snippets.attention.scaled_dot_product import causal_mask
@@ -153,12 +153,12 @@ def allowed_keys(
 
 
 def places(
-    input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b s"] | None, past: int
+    tokens: Shaped[Tensor, "b t *_"], attention_mask: Int[Tensor, "b s"] | None, past: int
 ) -> tuple[Int[Tensor, "*b t"], Bool[Tensor, "b 1 t s"] | None]:
     """Positions of t new tokens after `past` kept ones, and who may attend to whom.
 
     Args:
-        input_ids: the new tokens.
+        tokens: the new ones, as ids or embedded.
         attention_mask: 1 for tokens and 0 for padding, over kept and new tokens; None
             means no padding, and gives None for the second, which is causal.
         past: the length of the cache before it gets the new tokens.
@@ -166,9 +166,9 @@ def places(
     Raises:
         ValueError: the attention mask isn't as long as kept and new tokens.
     """
-    b, t = input_ids.shape
+    b, t = tokens.shape[:2]
     if attention_mask is None:
-        return torch.arange(past, past + t, device=input_ids.device), None
+        return torch.arange(past, past + t, device=tokens.device), None
     allowed = allowed_keys(attention_mask, b, t, past)  # b 1 t s
     # Positions count tokens, not padding: padded on the left, a text still starts at 0.
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # b t

@@ -36,11 +36,15 @@ def window_mask(
 def within_window(
     mask: Bool[Tensor, "#b #h t _"] | None, t: int, s: int, window: int, device: torch.device
 ) -> Bool[Tensor, "#b #h t s"] | Bool[Tensor, "t s"] | None:
-    """The mask of all tokens seen, for the last s of them and within the window."""
+    """The mask of all tokens seen, for the last s of them and within the window.
+
+    The window ends the past. What lies ahead a mask of pairs forbids or allows by itself: the
+    tokens of one image see each other (Gemma 3).
+    """
     if mask is None:
         # Causal is enough where no key is too old; a rolling cache has none that is.
         return None if s <= window else window_mask(t, s, window, device=device)
-    return window_mask(t, s, window, device=device) & mask[..., -s:]
+    return mask[..., -s:].triu(s - t - window + 1)
 
 
 class RollingCache(LayerCache):

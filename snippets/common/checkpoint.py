@@ -318,3 +318,30 @@ def drop_tied_head(
         raise CheckpointError(
             f"{source}: tie_word_embeddings is true, and {head} differs from {embedding}"
         )
+
+
+def drop_head_if_tied(
+    said: bool | None, tensors: dict[str, Tensor], head: str, embedding: str, *, source: str | Path
+) -> bool:
+    """Whether a head is the embedding's matrix, by the file; if so, it is removed from there.
+
+    For models whose config says "tied" though nobody asked it. A file decides: the two are one
+    where it holds no head, or the same numbers twice. A head of its own is kept, as in
+    transformers, with a warning where the config contradicts it.
+
+    Args:
+        said: the config's `tie_word_embeddings`; None where it says nothing, and False for a
+            head that is kept in any case.
+    """
+    if said is False:
+        return False
+    kept = tensors.get(head)
+    if kept is None or torch.equal(kept, tensors.get(embedding, kept)):
+        tensors.pop(head, None)
+        return True
+    if said:
+        warnings.warn(
+            f"{source}: tie_word_embeddings is true, and {head} differs from {embedding}: not tied",
+            stacklevel=3,
+        )
+    return False

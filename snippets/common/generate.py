@@ -3,7 +3,7 @@
 Axes: b batch, t prompt token, n new token, v vocabulary.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ def generate(
     *,
     max_new_tokens: int,
     attention_mask: Int[Tensor, "b t"] | None = None,
+    images: Mapping[str, Tensor] | None = None,
     eos_token_id: int | Collection[int] = (),
     pad_token_id: int = 0,
     temperature: float = 0.0,
@@ -31,6 +32,8 @@ def generate(
         input_ids: the prompts; shorter ones padded on the left.
         max_new_tokens: where to stop at the latest.
         attention_mask: 1 for tokens, 0 for padding; all tokens unless given.
+        images: what a model that sees gets with the prompts, by the names of its arguments,
+            such as `pixel_values`; the cache holds what it made of them.
         eos_token_id: the tokens, one or several, that end a sequence.
         pad_token_id: stands behind a sequence that ended before the others.
         temperature: 0 takes the most probable token, above that samples; see `next_token`.
@@ -52,10 +55,11 @@ def generate(
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     ends = torch.tensor(ends, dtype=input_ids.dtype, device=input_ids.device)
     running = torch.ones_like(input_ids[:, 0], dtype=torch.bool)  # b
-    cache, new = model.new_cache(), input_ids
+    cache, new, seen = model.new_cache(), input_ids, images or {}
     for _ in range(max_new_tokens):
-        logits = model(input_ids=new, attention_mask=attention_mask, cache=cache)[:, -1]  # b v
-        token = next_token(logits, temperature, top_k, top_p, generator)
+        logits = model(input_ids=new, attention_mask=attention_mask, cache=cache, **seen)[:, -1]
+        seen = {}
+        token = next_token(logits, temperature, top_k, top_p, generator)  # b
         new = token.where(running, pad_token_id)[:, None]  # b 1
         input_ids = torch.cat((input_ids, new), dim=1)
         if attention_mask is not None:

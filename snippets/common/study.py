@@ -45,6 +45,59 @@ def study(name: str, model: nn.Module) -> None:
          {"study": name, "facts": facts})  # fmt: skip
 
 
+def seeing_study(
+    name: str,
+    model: nn.Module,
+    *,
+    tokens: int | str,
+    encoder: str | tuple[str, ...],
+    connector: str | tuple[str, ...] = (),
+    language: str | tuple[str, ...] = (),
+) -> None:
+    """Add a full-size model that sees to the table of those; prints one line.
+
+    Args:
+        name: of the checkpoint, "LLaVA-1.5 7B".
+        model: on the meta device: shapes without memory.
+        tokens: that an image takes, computed.
+        encoder: the names of the parts that read pixels, as `get_submodule` takes them; ""
+            is the model itself. Their `config` says layers, width, pixels and patch.
+        connector: of those between them and the language model.
+        language: of those that read text.
+
+    Raises:
+        ValueError: the model holds memory.
+    """
+    if any(weight.device.type != "meta" for weight in model.parameters()):
+        raise ValueError(f"{name} isn't on the meta device")
+    names = [(part,) if isinstance(part, str) else part for part in (encoder, connector, language)]
+    eyes, links, texts = ([model.get_submodule(path) for path in paths] for paths in names)
+    counts = [sum(w.numel() for m in part for w in m.parameters()) for part in (eyes, links, texts)]
+    facts = {
+        "encoder": " and ".join(stack(eye.config) for eye in eyes),
+        "image": " and ".join(pixels(eye.config) for eye in eyes),
+        "tokens an image": str(tokens),
+        "connector": ", ".join(type(link).__name__ for link in links) or "none",
+        "language model": " and ".join(stack(text.config) for text in texts) or "none",
+        "parameters": billions(sum(w.numel() for w in model.parameters())),
+        "encoder / connector / language": " / ".join(billions(n) if n else "0" for n in counts),
+    }
+    show(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}",
+         {"study": name, "facts": facts})  # fmt: skip
+
+
+def stack(config: Any) -> str:
+    """Layers times width."""
+    return f"{config.num_hidden_layers} x {config.hidden_size}"
+
+
+def pixels(config: Any) -> str:
+    """Of a side, and of a patch's; of both sides where they differ."""
+    sizes = (config.image_size, config.patch_size)
+    image, patch = ("x".join(map(str, s)) if isinstance(s, tuple | list) else str(s) for s in sizes)
+    return f"{image} px in patches of {patch}"
+
+
 def first(model: nn.Module, *names: str) -> Any:
     """The config's value under the first of these names that it has."""
     for name in names:

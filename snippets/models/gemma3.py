@@ -181,10 +181,28 @@ class Gemma3Model(nn.Module):
         attention_mask: Int[Tensor, "b s"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
+        return self.decode(self.embed(input_ids), attention_mask, cache)
+
+    def embed(self, input_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """sqrt(d) times the embedding: what the first layer reads."""
         x = self.embed_tokens(input_ids)  # b t d
         # Rounded to the stream's dtype first, as in the release: in bfloat16 sqrt(1152) is 34.
-        x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
-        positions, mask = places(input_ids, attention_mask, 0 if cache is None else cache.length)
+        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+
+    def decode(
+        self,
+        x: Float[Tensor, "b t d"],
+        attention_mask: Int[Tensor, "b s"] | None = None,
+        cache: KVCache | None = None,
+        pairs: Bool[Tensor, "b 1 t s"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """The layers and the last norm, on tokens that are embedded already.
+
+        `pairs` says who may attend to whom where that isn't causal, padding included; layers
+        with a window still forget what lies too far back.
+        """
+        positions, mask = places(x, attention_mask, 0 if cache is None else cache.length)
+        mask = mask if pairs is None else pairs
         rotations = {}
         for kind in (FULL, SLIDING):
             inv_freq, factor = self.config.frequencies(kind)
@@ -222,7 +240,10 @@ class Gemma3(nn.Module):
         Raises:
             ValueError: the attention mask isn't as long as cached and new tokens.
         """
-        x = self.model(input_ids, attention_mask, cache)
+        return self.head(self.model(input_ids, attention_mask, cache))
+
+    def head(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
+        """Logits of hidden states behind the last norm."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(x, head.weight)
 

@@ -142,8 +142,16 @@ class LlamaModel(nn.Module):
         attention_mask: Int[Tensor, "b s"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
-        x = self.embed_tokens(input_ids)  # b t d
-        positions, mask = places(input_ids, attention_mask, 0 if cache is None else cache.length)
+        return self.decode(self.embed_tokens(input_ids), attention_mask, cache)
+
+    def decode(
+        self,
+        x: Float[Tensor, "b t d"],
+        attention_mask: Int[Tensor, "b s"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """The same of tokens that are embedded already, of which some may be no words."""
+        positions, mask = places(x, attention_mask, 0 if cache is None else cache.length)
         rotation = self.rotation(positions, x.dtype)
         for number, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             x = layer(x, rotation, mask, None if cache is None else cache[number])

@@ -9,7 +9,6 @@ n patch, t token (n + 1, [CLS] first), i flattened patch, d hidden size, a head,
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def resample_positions(
     return torch.cat((table[:, :1], plane.flatten(2).transpose(1, 2)), dim=1)
 
 
-def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | list | tuple) -> tuple[int, int]:
     """Height and width of a size that can be one number for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -102,7 +101,8 @@ class ViTConfig:
             size = getattr(self, name)
             if not isinstance(size, int) and len(size) != 2:
                 raise ValueError(f"{name}={size} isn't one number, or height and width")
-            if not all(isinstance(side, int) and side > 0 for side in pair(size)):
+            sides = [size] if isinstance(size, int) else size
+            if not all(isinstance(side, int) and side > 0 for side in sides):
                 raise ValueError(f"{name}={size} isn't in whole numbers above 0")
         if 0 in self.grid:
             raise ValueError(f"image_size={self.image_size} is below patch_size={self.patch_size}")
@@ -273,7 +273,7 @@ class ViT(nn.Module):
         """Read a checkpoint folder: config.json and *.safetensors.
 
         Args:
-            folder: as published, with a classifier.
+            folder: as published, with a classifier; a pooler beside it is left out.
             dtype: of the parameters; as on disk unless given.
 
         Raises:
@@ -282,9 +282,8 @@ class ViT(nn.Module):
         """
         config = read_config(folder, ViTConfig, model_types=("vit",))
         tensors = read_tensors(folder, dtype)
-        # One more map behind [CLS], which the classifier has never read.
-        if pooler := [name for name in tensors if name.startswith("vit.pooler.")]:
-            warnings.warn(f"{folder}: not used for classes: {', '.join(pooler)}", stacklevel=2)
+        # A map behind [CLS] that some files keep beside a classifier, which doesn't read it.
+        pooler = ("vit.pooler.dense.weight", "vit.pooler.dense.bias")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in pooler}
         with torch.device("meta"):
             model = cls(config)

@@ -128,7 +128,10 @@ def test_a_mask_is_left_out_where_causal_is_enough():
     assert within_window(None, 4, W, W, device) is None
     assert torch.equal(within_window(None, 4, W + 1, W, device), window_mask(4, W + 1, W))
     wide = torch.rand(B, 1, 4, 9) > 0.3
-    assert torch.equal(within_window(wide, 4, 7, W, device), window_mask(4, 7, W) & wide[..., 2:])
+    ahead = ~torch.ones(4, 7, dtype=torch.bool).tril(3)  # the mask's own business
+    expected = (window_mask(4, 7, W) | ahead) & wide[..., 2:]
+    assert torch.equal(within_window(wide, 4, 7, W, device), expected)
+    assert (expected & ahead).any() and (wide[..., 2:] & ~expected).any()
     assert within_window(None, 4, 7, W, torch.device("meta")).is_meta
 
 
@@ -196,6 +199,19 @@ def test_pairs_may_be_masked_one_by_one():
     cache = ours.new_cache()
     first = ours(x[:, :8], None, pairs[..., :8, :8], cache)
     assert_close(torch.cat((first, ours(x[:, 8:], None, pairs[..., 8:, :], cache)), 1), whole)
+
+
+@torch.no_grad()
+def test_tokens_that_see_ahead_do_so_beyond_the_window_too():
+    ours, x = layer(), torch.randn(B, T, D)
+    pairs = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+    pairs[..., 2:10, 2:10] = True  # eight tokens that see each other, more than the window
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    expected = GroupedQueryAttention.forward(ours, x, None, pairs & (j > i - W))
+    assert_close(ours(x, None, pairs), expected)
+    cache = ours.new_cache()
+    first = ours(x[:, :10], None, pairs[..., :10, :10], cache)
+    assert_close(torch.cat((first, ours(x[:, 10:], None, pairs[..., 10:, :], cache)), 1), expected)
 
 
 def test_a_mask_must_be_over_all_tokens_seen():

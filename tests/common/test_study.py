@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from snippets.common.study import CONTEXT, cache_bytes, study
+from snippets.common.study import CONTEXT, cache_bytes, seeing_study, study
 from snippets.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from snippets.models.gemma3 import Gemma3, Gemma3Config
 from snippets.models.gpt2 import GPT2, GPT2Config
 from snippets.models.mixtral import Mixtral, MixtralConfig
+from snippets.multimodal.clip import CLIPVisionConfig
+from snippets.multimodal.llava import Llava, LlavaConfig, LlavaTextConfig
+from snippets.multimodal.vit import ViT, ViTConfig
 
 SIZES = dict(
     vocab_size=100,
@@ -69,3 +72,35 @@ def test_other_families(capsys):
 def test_a_model_that_holds_memory_is_refused():
     with pytest.raises(ValueError, match="Tiny isn't on the meta device"):
         study("Tiny", Mixtral(MixtralConfig(**SIZES, num_key_value_heads=2)))
+
+
+def test_a_line_of_a_model_that_sees(capsys):
+    text = LlavaTextConfig(**SIZES)
+    tower = CLIPVisionConfig(hidden_size=96, num_hidden_layers=5, image_size=64, patch_size=8)
+    model = on_meta(Llava, LlavaConfig(text_config=text, vision_config=tower))
+    parts = {
+        "encoder": "vision_tower",
+        "connector": ("multi_modal_projector",),
+        "language": "language_model",
+    }
+    seeing_study("Tiny", model, tokens=model.config.tokens_per_image, **parts)
+    count = {
+        name: sum(w.numel() for w in getattr(model, path if isinstance(path, str) else path[0])
+                  .parameters())
+        for name, path in parts.items()
+    }  # fmt: skip
+    shown = " / ".join(f"{count[name] / 1e6:.0f}M" for name in parts)
+    assert capsys.readouterr().out == (
+        "Tiny: encoder 5 x 96, image 64 px in patches of 8, tokens an image 64, connector "
+        "LlavaProjector, language model 4 x 240, parameters "
+        f"{sum(count.values()) / 1e6:.0f}M, encoder / connector / language {shown}\n"
+    )
+    vit = on_meta(ViT, ViTConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2))
+    seeing_study("ViT", vit, tokens=197, encoder="")
+    assert "connector none, language model none, parameters" in capsys.readouterr().out
+
+
+def test_a_model_that_sees_and_holds_memory_is_refused():
+    config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="ViT isn't on the meta device"):
+        seeing_study("ViT", ViT(config), tokens=197, encoder="")
