@@ -22,8 +22,8 @@ from tests.examples import NAMES
 from tests.test_layout import MODULES
 
 ROOT = Path(__file__).parents[1]
-# Prints through IPython where there is one; notebooks get it as it is.
-NOT_ONE_FILE = {"common/proof", "common/study"}
+# They show through IPython; notebooks get them as they are.
+NOT_ONE_FILE = {"common/proof", "common/study", "common/table"}
 CARRIED = [module for module in MODULES if module not in NOT_ONE_FILE]
 # Kernels need a GPU, or Triton's interpreter, in which their own tests run them.
 KERNELS = {"attention/flash_attention_triton"}

@@ -23,7 +23,7 @@ GENERATED = {"reference/api/index"}  # by theme/api.py, with the pages below it
 SECOND_FILES = {"attention/flash_attention_triton": "attention/flash_attention"}
 ALLOWED = {
     "torch", "jaxtyping", "snippets", "collections", "dataclasses", "functools", "math", "pathlib",
-    "typing",
+    "typing", "warnings",
 }  # fmt: skip
 MODULES = sorted(
     path.relative_to(ROOT / "snippets").with_suffix("").as_posix()

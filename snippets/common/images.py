@@ -52,8 +52,7 @@ def load_image(path: str | Path) -> Image.Image:
         raise ImageError(f"{path}: there is no such file")
     try:
         with Image.open(path) as opened:
-            opened.load()  # so far only the head had been read
-            return to_rgb(ImageOps.exif_transpose(opened))
+            return to_rgb(ImageOps.exif_transpose(opened))  # which reads it to the end
     except Image.UnidentifiedImageError:
         raise ImageError(f"{path}: not an image that Pillow {Image.__version__} knows") from None
     except Image.DecompressionBombError as error:

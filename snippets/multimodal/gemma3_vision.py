@@ -23,6 +23,7 @@ from snippets.common.checkpoint import drop_tied_head, load_weights, read_config
 from snippets.layers.rmsnorm import UnitOffsetRMSNorm
 from snippets.models.gemma3 import Gemma3, Gemma3Config
 from snippets.multimodal.clip import layout
+from snippets.multimodal.llava import merge_images
 from snippets.multimodal.siglip import SiglipVisionConfig, SiglipVisionTransformer
 
 
@@ -55,8 +56,8 @@ class Gemma3VisionConfig:
         return math.isqrt(self.mm_tokens_per_image)
 
 
-class Projector(nn.Module):
-    """From patches to tokens: norm(mean of a square of patches) W, with W as e d."""
+class Gemma3Projector(nn.Module):
+    """From patches to tokens: norm(mean of a square of patches) M, with M as e d."""
 
     def __init__(self, config: Gemma3VisionConfig):
         super().__init__()
@@ -82,7 +83,7 @@ class Gemma3Vision(nn.Module):
         self.config = config
         text = replace(config.text_config, tie_word_embeddings=config.tie_word_embeddings)
         self.vision_tower = SiglipVisionTransformer(config.vision_config)
-        self.multi_modal_projector = Projector(config)
+        self.multi_modal_projector = Gemma3Projector(config)
         self.language_model = Gemma3(text)
 
     def forward(
@@ -97,29 +98,28 @@ class Gemma3Vision(nn.Module):
         Args:
             input_ids: the tokens that come after those in the cache; where an image stands,
                 `image_token_index`, m times.
-            pixel_values: the images of all rows one after the other, normalised. A row may have
-                several, or none.
+            pixel_values: the images, normalised, in the order of their tokens, row by row; a row
+                may have several, or none. Those of earlier calls are in the cache.
             attention_mask: 1 for tokens and 0 for padding, over cached and new tokens.
             cache: from `new_cache`; keys and values of the new tokens are added to it.
 
         Raises:
-            ValueError: images of another size; more or fewer image tokens than the images have;
-                a part of an image's tokens, as where a prompt is cut into chunks.
+            ValueError: images of another size, more or fewer image tokens than they have, or a
+                part of an image's tokens, as where a prompt is cut into chunks.
         """
         past = 0 if cache is None else cache.length
-        is_image = input_ids == self.config.image_token_index  # b t
-        if pixel_values is None:
-            # A lone token behind a cache is one that the model wrote: a word, whichever it is.
-            if past == 0 or input_ids.shape[1] > 1:
-                refuse_counts(is_image, 0, self.config.mm_tokens_per_image)
+        if pixel_values is None and past > 0 and input_ids.shape[1] == 1:
+            # A lone token that the model wrote: a word, even if it is the image token.
             return self.language_model(input_ids, attention_mask, cache)
-        refuse_counts(is_image, len(pixel_values), self.config.mm_tokens_per_image)
-        pairs = image_pairs(is_image, attention_mask, past)  # b 1 t s
-        # The place holder needs no row in the vocabulary. Words are scaled by sqrt(d), images not.
-        words = self.language_model.model.embed(input_ids.masked_fill(is_image, 0))  # b t d
-        x = put_images(words, is_image, self.encode_images(pixel_values))  # b t d
-        x = self.language_model.model.decode(x, attention_mask, cache, pairs)
-        return self.language_model.head(x)
+        model, image_token = self.language_model.model, self.config.image_token_index
+        is_image = input_ids == image_token  # b t
+        refuse_parts(is_image, self.config.mm_tokens_per_image)
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        # The placeholder needs no row in the table. Words are scaled by sqrt(d), images not.
+        words = model.embed(input_ids.masked_fill(is_image, 0))
+        x = merge_images(input_ids, words, features, image_token)
+        pairs = None if features is None else image_pairs(is_image, attention_mask, past)
+        return self.language_model.head(model.decode(x, attention_mask, cache, pairs))
 
     def encode_images(self, pixel_values: Float[Tensor, "n c y x"]) -> Float[Tensor, "n m d"]:
         """The tokens of each image, as the first layer reads them."""
@@ -196,31 +196,16 @@ def run_lengths(is_image: Bool[Tensor, "b t"]) -> Int[Tensor, " runs"]:
     return numbers[is_image.flatten()].bincount()[1:]
 
 
-def refuse_counts(is_image: Bool[Tensor, "b t"], images: int, tokens: int) -> None:
-    """Raise ValueError unless the image tokens are those of whole images, each of so many."""
-    if torch.compiler.is_compiling() or is_image.is_meta:  # numbers can't be looked at
+def refuse_parts(is_image: Bool[Tensor, "b t"], tokens: int) -> None:
+    """Raise ValueError unless each run is that of whole images, of so many tokens each."""
+    if torch.compiler.is_compiling():  # a graph can't look at numbers
         return
     lengths = run_lengths(is_image)
-    if images and (lengths % tokens).any():
+    if (lengths % tokens).any():
         raise ValueError(
             f"runs of {lengths.tolist()} image tokens, an image has {tokens}: a prompt holds whole "
             "images, and so does each chunk of it, since their tokens see each other"
         )
-    if (found := int(lengths.sum())) != images * tokens:
-        raise ValueError(
-            f"{found} image tokens in input_ids, and {images} images have {images * tokens}"
-        )
-
-
-def put_images(
-    words: Float[Tensor, "b t d"],
-    is_image: Bool[Tensor, "b t"],
-    images: Float[Tensor, "n m d"],
-) -> Float[Tensor, "b t d"]:
-    """The images' tokens, in their order, in the marked places."""
-    tokens = images.flatten(0, 1).to(words.dtype)  # nm d
-    number = (is_image.flatten().cumsum(0) - 1).clamp(min=0, max=len(tokens) - 1)  # bt
-    return torch.where(is_image[..., None], tokens[number].view_as(words), words)
 
 
 def place_images(

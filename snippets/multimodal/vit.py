@@ -9,7 +9,6 @@ n patch, t token (n + 1, [CLS] first), i flattened patch, d hidden size, a head,
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,7 +273,7 @@ class ViT(nn.Module):
         """Read a checkpoint folder: config.json and *.safetensors.
 
         Args:
-            folder: as published, with a classifier.
+            folder: as published, with a classifier; a pooler beside it is left out.
             dtype: of the parameters; as on disk unless given.
 
         Raises:
@@ -283,9 +282,8 @@ class ViT(nn.Module):
         """
         config = read_config(folder, ViTConfig, model_types=("vit",))
         tensors = read_tensors(folder, dtype)
-        # One more map behind [CLS], which the classifier has never read.
-        if pooler := [name for name in tensors if name.startswith("vit.pooler.")]:
-            warnings.warn(f"{folder}: not used for classes: {', '.join(pooler)}", stacklevel=2)
+        # A map behind [CLS] that some files keep beside a classifier, which doesn't read it.
+        pooler = ("vit.pooler.dense.weight", "vit.pooler.dense.bias")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in pooler}
         with torch.device("meta"):
             model = cls(config)

@@ -71,6 +71,9 @@ PROCESSORS = {
     "deepseek_vl, means of a half": DeepseekVLImageProcessorPil(
         size={"height": 49, "width": 49}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ),
+    "deepseek_vl, not padded": DeepseekVLImageProcessorPil(
+        size={"height": 40, "width": 40}, do_pad=False
+    ),
     "deepseek_vl, a large min_size": DeepseekVLImageProcessorPil(
         size={"height": 40, "width": 40}, min_size=50
     ),
@@ -319,6 +322,9 @@ def test_images_of_several_sizes_are_no_batch():
     )
     with pytest.raises(ImageError, match="9x9 can't be padded to 8x8"):
         ours(noise(4, 4))
+    for width, height in ((4, 3), (3, 4)):
+        with pytest.raises(ImageError, match="can't be padded to 8x8"):
+            ours(noise(width, height))
 
 
 def test_the_square_has_the_image_in_its_middle():
@@ -363,7 +369,16 @@ def test_a_processor_s_own_file_is_read_too(tmp_path):
 
 
 def test_a_key_that_could_matter_is_reported(tmp_path):
-    write(tmp_path, size=8, do_flip=True, image_seq_length=7, high_res_size=3, null=None, **NUMBERS)
+    write(
+        tmp_path,
+        size=8,
+        do_flip=True,
+        do_mirror=False,
+        image_seq_length=7,
+        high_res_size=3,
+        null=None,
+        **NUMBERS,
+    )
     with pytest.warns(UserWarning, match=r"preprocessor_config\.json: not read: do_flip$"):
         ImageProcessor.from_pretrained(tmp_path)
 

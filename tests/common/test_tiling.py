@@ -77,6 +77,8 @@ def test_effective_and_wasted_pixels():
     assert effective_and_wasted((200, 100), (384, 384)) == (20000, 384 * 384 - 20000)
     assert effective_and_wasted((2000, 1000), (384, 384)) == (384 * 192, 384 * 192)
     assert effective_and_wasted((768, 384), (768, 384)) == (768 * 384, 0)
+    # Each side is cut off to whole pixels: 127.87.
+    assert effective_and_wasted((1000, 333), (384, 384))[0] == 384 * 127
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,8 @@ def test_what_cannot_be_cut_is_refused():
         tile(Image.new("F", (30, 30)), SMALL)
     with pytest.raises(ValueError, match="30x24 pixels don't make tiles of 24"):
         tile(photograph(30, 24), [(24, 24), (30, 24)])
+    with pytest.raises(ValueError, match="24x30 pixels don't make tiles of 24"):
+        tile(photograph(24, 30), [(24, 24), (24, 30)])
     with pytest.raises(ValueError, match="no best of 0 resolutions"):
         tile(photograph(30, 24), [])
     with pytest.raises(ValueError, match=r"\(0, 5\)"):

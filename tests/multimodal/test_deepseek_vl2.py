@@ -23,6 +23,8 @@ from snippets.multimodal.deepseek_vl2 import (
     DeepseekVL2Config,
     DeepseekVL2Layer,
     LanguageConfig,
+    Projector,
+    ProjectorConfig,
     gather_patches,
     num_image_tokens,
 )
@@ -330,6 +332,20 @@ def test_patches_are_gathered_in_squares(side, ratio):
                     assert torch.equal(own, wanted)
 
 
+@torch.no_grad()
+def test_a_deeper_and_wider_projector():
+    config = ProjectorConfig(input_dim=5, n_embed=6, depth=4, mlp_ratio=3)
+    projector, x = Projector(config), torch.randn(2, 9, 5)
+    wide = [tuple(w.shape) for w in projector.parameters() if w.ndim == 2]
+    assert wide == [(18, 20), (18, 18), (18, 18), (6, 18)]
+    y = gather_patches(x, 2)
+    maps = list(projector.parameters())
+    for number, (weight, bias) in enumerate(zip(maps[::2], maps[1::2], strict=True)):
+        y = (F.gelu(y) if number else y) @ weight.T + bias
+    assert_close(projector(x), y)
+    assert list(projector.state_dict())[-1] == "layers.6.bias"
+
+
 @pytest.mark.parametrize("columns, rows", [(1, 1), (2, 1), (1, 3), (3, 3), (9, 1), (2, 4)])
 def test_the_number_of_tokens_is_the_papers(columns, rows):
     # Section 3: 14 x 15 for the thumbnail, 1, then m 14 x (n 14 + 1).
@@ -410,6 +426,18 @@ def test_what_does_not_fit_is_refused(change, said, folder):
     ids, _ = asked(tiles)
     with pytest.raises(ValueError, match=said):
         ours(*change(ids, views(tiles), tiles))
+
+
+@torch.no_grad()
+def test_a_placeholder_without_an_image(folder):
+    """Refused in a prompt; behind one it is a word that the model wrote."""
+    ours, word = DeepseekVL2.from_pretrained(folder), torch.tensor([[IMAGE]])
+    cache = ours.new_cache()
+    for empty in (None, cache):
+        with pytest.raises(ValueError, match=r"\b1 placeholders.* 0 image tokens"):
+            ours(word, cache=empty)
+    ours(prompt(IMAGE, 1, 4), cache=cache)
+    assert ours(word, cache=cache).isfinite().all() and cache.length == 5
 
 
 def test_the_number_of_the_placeholder(folder):
@@ -542,8 +570,8 @@ FULL = {
         n_routed_experts=72, routed_scaling_factor=2.0, vocab_size=129280,
     ),
 }  # fmt: skip
-# Billions: all, by the pages of the checkpoints; in use, by the paper's abstract; in use in the
-# language model, by its table 1. The second is the third plus 0.4.
+# Billions: all, by the pages of the checkpoints; in use, by the abstract of arXiv:2412.10302; in
+# use in the language model, by its text. The second is the third plus 0.4.
 COUNTS = {"Tiny": (3.37, 1.0, 0.57), "Small": (16.1, 2.8, 2.4), "VL2": (27.5, 4.5, 4.1)}
 
 

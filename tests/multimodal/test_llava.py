@@ -246,6 +246,8 @@ def test_one_placeholder_becomes_as_many_as_the_image_has_tokens():
     assert expand_placeholders([4, 5], [], IMAGE) == [4, 5]
     with pytest.raises(ValueError, match=r"3 placeholders \(id 97\) for 2 images"):
         expand_placeholders(ids, [2, 3], IMAGE)
+    with pytest.raises(ValueError, match=r"3 placeholders \(id 97\) for 4 images"):
+        expand_placeholders(ids, [2, 3, 1, 1], IMAGE)
 
 
 @torch.no_grad()
@@ -315,6 +317,23 @@ def test_a_config_that_cannot_be_honoured_is_refused(folder, changes, said):
     edit(folder, **changes)
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{said}"):
         Llava.from_pretrained(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("same", [(-5, 0), (-1, 4)])
+def test_the_first_and_the_last_state_can_be_counted_from_both_ends(folder, same):
+    found = []
+    for layer in same:
+        edit(folder, vision_feature_layer=layer)
+        found.append(Llava.from_pretrained(folder).image_features(pictures(2)))
+    assert torch.equal(*found)
+
+
+def test_defaults_are_those_of_transformers():
+    theirs, ours = transformers.LlavaConfig(), LlavaConfig()
+    for name in ("image_token_index", "projector_hidden_act", "vision_feature_layer",
+                 "vision_feature_select_strategy", "multimodal_projector_bias"):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name)
 
 
 def test_an_unknown_key_is_reported(folder):

@@ -415,6 +415,14 @@ def test_configs_of_2023_are_read_without_a_word(folder, recwarn):
     assert not [w for w in recwarn if "not read" in str(w.message)]
 
 
+def test_the_ratio_counts_where_the_size_is_not_given(tmp_path):
+    theirs = vision_oracle(mlp_dim=None, mlp_ratio=1.7)  # 40.8, cut off
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path, "mlp_dim")
+    ours = SamVisionEncoder.from_pretrained(tmp_path)
+    assert ours.layers[0].mlp.lin1.out_features == 40
+
+
 REFUSED = [
     ({"hidden_act": "swish2"}, "hidden_act='swish2' isn't supported"),
     ({"num_attention_heads": 5}, "uneven: hidden_size=24, num_attention_heads=5"),

@@ -137,6 +137,8 @@ def test_resampled_positions_are_bicubic():
 def test_half_precision_equals_transformers(dtype, folder):
     theirs = ViTForImageClassification.from_pretrained(folder, dtype=dtype)
     ours = ViT.from_pretrained(folder, dtype=dtype)
+    theirs.save_pretrained(folder / "half")
+    assert ViT.from_pretrained(folder / "half").classifier.weight.dtype == dtype
     for size in (30, 48):
         expected = theirs(images(size, size), interpolate_pos_encoding=True).logits
         found = ours(images(size, size), interpolate_pos_encoding=True)  # float32 goes in
@@ -262,12 +264,18 @@ def rewrite(folder, change):
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
-def test_a_pooler_is_named_and_not_used(folder, ours):
-    pooler = {"vit.pooler.dense.weight": torch.ones(48, 48), "vit.pooler.dense.bias": torch.ones(48)}  # fmt: skip # noqa: E501
-    rewrite(folder, lambda tensors: tensors | pooler)
-    with pytest.warns(UserWarning, match=r"not used for classes: vit\.pooler\.dense\.bias, vit\."):
-        again = ViT.from_pretrained(folder)
-    assert torch.equal(again(images(30, 30)), ours(images(30, 30)))
+@torch.no_grad()
+def test_a_pooler_is_not_used_for_classes(folder, ours):
+    """As transformers does it; a folder that holds nothing else is refused."""
+    pooler = {"dense.weight": torch.ones(48, 48), "dense.bias": torch.ones(48)}
+    rewrite(folder, lambda tensors: tensors | {f"vit.pooler.{k}": v for k, v in pooler.items()})
+    expected = ViTForImageClassification.from_pretrained(folder)(images(30, 30)).logits
+    assert_close(ViT.from_pretrained(folder)(images(30, 30)), expected)
+    transformers.ViTModel(transformers.ViTConfig(**BASE)).save_pretrained(folder)
+    edit(folder, model_type="vit")
+    said = r"missing: vit\.embeddings\..* classifier\.bias; unexpected: .*pooler\.dense\.bias"
+    with pytest.raises(CheckpointError, match=said):
+        ViT.from_pretrained(folder)
 
 
 def test_a_file_without_a_classifier_is_refused(folder):
@@ -342,6 +350,7 @@ def test_a_config_that_cannot_be_honoured_is_refused(folder, changes, said):
         ((1, 30, 30), False, "1 channels, num_channels=3"),
         ((3, 30, 36), False, "30x36 pixels, image_size=30x30"),
         ((3, 36, 30), False, "36x30 pixels, image_size=30x30"),
+        ((3, 20, 45), False, "20x45 pixels, image_size=30x30"),  # as many
         ((3, 30, 5), True, "30x5 pixels are less than one patch of 6x6"),
         ((3, 5, 30), True, "5x30 pixels are less than one patch of 6x6"),
     ],
