@@ -7,4 +7,5 @@ def calls(m):
     high = low | {"size": {"height": 40, "width": 40}}
     processor = m.HybridImageProcessor(m.ImageProcessor(**low), m.ImageProcessor(**high))
     gradient = Image.linear_gradient("L").resize((50, 31))
-    return [(processor, gradient), (processor, [gradient, gradient.rotate(90, expand=True)])]
+    both = [gradient, gradient.rotate(90, expand=True)]
+    return [(processor, gradient), (processor, both), (processor.high.new_size, 60, 19)]
