@@ -374,6 +374,7 @@ REFUSED_TWO = [
     ),
     ({"high_res_vision_config": SAM | {"global_attn_indexes": []}}, r"indexes=\[\]: the first"),
     ({"high_res_vision_config": SAM | {"global_attn_indexes": [4]}}, r"indexes=\[4\]: .* 4 layers"),
+    ({"high_res_vision_config": SAM | {"global_attn_indexes": [-1]}}, r"indexes=\[-1\]: .* 4 la"),
 ]
 
 
@@ -389,6 +390,15 @@ def test_a_second_eye_that_cannot_be_honoured_is_refused(changes, said, tmp_path
     oracle("two eyes").save_pretrained(tmp_path)
     edit(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{said}"):
+        DeepseekVLHybrid.from_pretrained(tmp_path)
+
+
+def test_a_key_of_the_published_folder_that_nobody_reads_is_no_news(tmp_path):
+    """transformers wrote `intermediate_size` for SAM, and goes by `mlp_dim` or `mlp_ratio`."""
+    oracle("two eyes").save_pretrained(tmp_path)
+    edit(tmp_path, high_res_vision_config=SAM | {"intermediate_size": 3072})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         DeepseekVLHybrid.from_pretrained(tmp_path)
 
 
