@@ -8,7 +8,8 @@ Axes: b batch (of images or of texts), i image, j text, c channel, y x pixel, n 
 the class token), t s text token, d hidden size, h head, k head dim, p projected feature.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
@@ -190,7 +191,8 @@ class CLIPVisionEmbeddings(nn.Module):
         # A convolution whose stride is its kernel: a linear map of each patch alone.
         self.patch_embedding = nn.Conv2d(config.num_channels, d, p, stride=p, bias=False)
         self.position_embedding = nn.Embedding(config.grid**2 + 1, d)
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        # About as large as a patch is: at 0.02 the norm behind would leave patches without a place.
+        nn.init.normal_(self.position_embedding.weight, std=0.5)
 
     def forward(
         self, pixel_values: Float[Tensor, "b c y x"], *, interpolate_pos_encoding: bool = False
@@ -466,6 +468,46 @@ def contrastive_loss(logits_per_text: Float[Tensor, "j i"]) -> Float[Tensor, ""]
     own = torch.arange(j, device=logits_per_text.device)
     to_images, to_texts = (F.cross_entropy(m, own) for m in (logits_per_text, logits_per_text.T))
     return (to_images + to_texts) / 2
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    learning_rate: float,
+    loss: Callable[[Tensor], Tensor] = contrastive_loss,
+    max_scale: float = 100.0,
+) -> list[tuple[float, float]]:
+    """Train in place: the loss and the scale exp(logit_scale) at each step.
+
+    AdamW, gradients clipped to a norm of 1; a tenth of the steps for the rise to the learning
+    rate and a cosine down. The scale is kept from growing above `max_scale`, as in the paper.
+
+    Args:
+        model: gives logits_per_image and logits_per_text.
+        batches: input_ids (b t) and pixel_values (b c y x), row i of both being a pair.
+        steps: how many batches are taken.
+        learning_rate: the highest.
+        loss: of logits_per_text.
+        max_scale: 100 in the paper.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, steps, pct_start=0.1, cycle_momentum=False
+    )
+    history = []
+    for _, (input_ids, pixel_values) in zip(range(steps), batches, strict=False):
+        value = loss(model(input_ids, pixel_values)[1])
+        history.append((value.item(), model.logit_scale.exp().item()))
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(max_scale))
+    return history
 
 
 # Files

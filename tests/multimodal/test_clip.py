@@ -1,5 +1,6 @@
 """CLIP against transformers, through checkpoint folders that transformers wrote."""
 
+import itertools
 import json
 import math
 import warnings
@@ -22,8 +23,10 @@ from snippets.multimodal.clip import (
     Encoder,
     contrastive_loss,
     layout,
+    train,
     unit,
 )
+from snippets.multimodal.siglip import sigmoid_loss
 from tests.checkpoints import edit, redraw
 
 IMAGES, J, T, V, EOS = 2, 3, 11, 99, 97
@@ -300,12 +303,58 @@ def test_where_training_starts():
     tables = [
         model.text_model.embeddings.token_embedding,
         model.text_model.embeddings.position_embedding,
-        model.vision_model.embeddings.position_embedding,
     ]
     for table in tables:
         assert 0.015 < table.weight.std() < 0.025
+    embeddings = model.vision_model.embeddings
+    patches = embeddings.patch_embedding(inputs()[1])
+    assert 0.5 < embeddings.position_embedding.weight.std() / patches.std() < 2
     assert 0.5 < model.vision_model.embeddings.class_embedding.norm() < 1.5
     assert_close(unit(torch.tensor([[3.0, 4.0]])), torch.tensor([[0.6, 0.8]]))
+
+
+def trainable() -> tuple[CLIP, tuple[torch.Tensor, torch.Tensor]]:
+    """Four pairs, to be learned by heart."""
+    torch.manual_seed(0)
+    model = CLIP(CLIPConfig(CLIPTextConfig(**small(TEXT)), CLIPVisionConfig(**VISION), 20))
+    ids = torch.randint(3, EOS, (4, 5))
+    ids[:, -1] = EOS
+    return model, (ids, torch.randn(4, 3, 30, 30))
+
+
+@pytest.mark.parametrize("loss", [contrastive_loss, sigmoid_loss])
+def test_training_finds_the_pairs(loss):
+    model, batch = trainable()
+    past = train(model, itertools.repeat(batch), steps=40, learning_rate=3e-3, loss=loss)
+    assert len(past) == 40
+    (first, scale), (last, _) = past[0], past[-1]
+    assert_close(scale, 1 / 0.07, rtol=1e-4, atol=0)
+    assert last < 0.2 * first
+    assert model(*batch)[0].argmax(1).tolist() == [0, 1, 2, 3]
+    again, batch = trainable()
+    assert train(again, [batch] * 60, steps=40, learning_rate=3e-3, loss=loss) == past
+
+
+def test_training_takes_the_first_loss_before_a_step_and_each_batch_once():
+    model, (ids, images) = trainable()
+    seen = []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    batches = [(ids[[n, n + 1]], images[[n, n + 1]]) for n in range(3)]
+    expected = contrastive_loss(model(*batches[0])[1]).item()
+    seen.clear()
+    past = train(model, batches, steps=3, learning_rate=1e-2)
+    assert past[0][0] == expected
+    assert all(map(torch.equal, seen, [ids for ids, _ in batches]))
+
+
+def test_the_scale_is_bounded():
+    model, batch = trainable()
+    past = train(model, itertools.repeat(batch), steps=12, learning_rate=0.02, max_scale=14.3)
+    assert max(scale for _, scale in past[1:]) <= 14.3 * (1 + 1e-6)
+    with torch.no_grad():
+        model.logit_scale.fill_(7.0)
+    train(model, [batch], steps=1, learning_rate=1e-9)
+    assert_close(model.logit_scale.exp().item(), 100.0, rtol=1e-4, atol=0)
 
 
 def small(sizes: dict) -> dict:
