@@ -146,7 +146,7 @@ def test_the_look_sees_what_is_wrong(browser, tmp_path):
 
 def test_the_copy_button_copies_the_code(tab, address, lesson):
     tab.goto(address + lesson)
-    block = tab.locator(".highlight:not(.output)").first
+    block = tab.locator(".highlight:not(.output)").filter(has_text="import").first
     block.scroll_into_view_if_needed()
     block.locator("button[data-md-type=copy], button.md-clipboard").click()
     expect(tab.locator(".md-dialog--active")).to_be_visible()

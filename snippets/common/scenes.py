@@ -209,6 +209,7 @@ class Words:
 
     @property
     def end(self) -> int:
+        """The number of the end."""
         return len(self.words) - 1
 
     def encode(self, captions: Sequence[str], length: int | None = None) -> Int[Tensor, "b t"]:
