@@ -9,7 +9,7 @@ import json
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ INERT = {
 }  # fmt: skip
 
 Config = TypeVar("Config")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class CheckpointError(ValueError):
@@ -303,6 +304,30 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     if found:
         raise CheckpointError(f"{source} doesn't fit {type(model).__name__}; {'; '.join(found)}")
     model.load_state_dict(tensors, assign=True)
+
+
+def filled(
+    model_class: Callable[[Any], Model],
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str | Path,
+) -> Model:
+    """A model of exactly these tensors, ready to evaluate.
+
+    It is built on `meta`, without memory: nothing is drawn that the file then replaces.
+
+    Args:
+        model_class: makes the model of the config.
+        source: what errors name, such as the folder.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    load_weights(model, tensors, source=source)
+    return model.eval()
 
 
 def drop_tied_head(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from snippets.attention.kv_cache import KVCache, LayerCache, places
 from snippets.attention.sliding_window import attention_with_window
-from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
+from snippets.common.checkpoint import drop_tied_head, filled, read_config, read_tensors
 from snippets.layers.rmsnorm import UnitOffsetRMSNorm
 from snippets.layers.swiglu import ACTIVATIONS, GatedMLP
 from snippets.position.context_extension import scaled_frequencies
@@ -267,7 +267,4 @@ class Gemma3(nn.Module):
         tensors = read_tensors(folder, dtype)
         if config.tie_word_embeddings:
             drop_tied_head(tensors, "lm_head.weight", "model.embed_tokens.weight", source=folder)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)

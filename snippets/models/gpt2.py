@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from snippets.attention.gqa import fused_grouped_attention
 from snippets.attention.kv_cache import KVCache, LayerCache, places
-from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
+from snippets.common.checkpoint import drop_tied_head, filled, read_config, read_tensors
 from snippets.layers.layer_norm import LayerNorm
 from snippets.layers.swiglu import ACTIVATIONS
 
@@ -228,7 +228,4 @@ class GPT2(nn.Module):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(masks)}
         if config.tie_word_embeddings:
             drop_tied_head(tensors, "lm_head.weight", "transformer.wte.weight", source=folder)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)

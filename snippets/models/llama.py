@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from snippets.attention.gqa import GroupedQueryAttention
 from snippets.attention.kv_cache import KVCache, LayerCache, places
-from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
+from snippets.common.checkpoint import drop_tied_head, filled, read_config, read_tensors
 from snippets.layers.rmsnorm import RMSNorm
 from snippets.layers.swiglu import ACTIVATIONS, GatedMLP
 from snippets.position.context_extension import scaled_frequencies
@@ -231,10 +231,7 @@ class Llama(nn.Module):
         """A model of exactly these tensors, by name; `source` is named in errors."""
         if config.tie_word_embeddings:
             drop_tied_head(tensors, "lm_head.weight", "model.embed_tokens.weight", source=source)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=source)
-        return model.eval()
+        return filled(cls, config, tensors, source=source)
 
     @staticmethod
     def tensors(

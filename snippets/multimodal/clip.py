@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.multi_head import allowed_pairs
-from snippets.common.checkpoint import CheckpointError, load_weights, read_config, read_tensors
+from snippets.common.checkpoint import CheckpointError, filled, read_config, read_tensors
 from snippets.layers.layer_norm import LayerNorm
 from snippets.layers.swiglu import ACTIVATIONS
 
@@ -443,10 +443,7 @@ class CLIP(nn.Module):
         config = read_config(folder, CLIPConfig, model_types=("clip",))
         tensors = read_tensors(folder, dtype)
         drop_position_ids(tensors, "text_model.", "vision_model.")
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)
 
 
 def unit(x: Float[Tensor, "b p"]) -> Float[Tensor, "b p"]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from snippets.attention.kv_cache import KVCache
 from snippets.common.checkpoint import (
     drop_head_if_tied,
-    load_weights,
+    filled,
     read_config,
     read_tensors,
 )
@@ -185,9 +185,8 @@ class DeepseekVLModel(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """The stream behind the last norm, with images where their placeholders stand."""
         x = self.language_model.embed_tokens(input_ids)  # b t d
-        # Behind a prompt, a placeholder without an image is one that the model itself wrote.
-        if images is not None or cache is None or cache.length == 0:
-            x = merge_images(input_ids, x, images, self.config.image_token_id)
+        past = 0 if cache is None else cache.length
+        x = merge_images(input_ids, x, images, self.config.image_token_id, past)
         return self.language_model.decode(x, attention_mask, cache)
 
 
@@ -310,10 +309,7 @@ class DeepseekVL(nn.Module):
         said = config.tie_word_embeddings
         tied = drop_head_if_tied(said, tensors, HEAD, TABLE, source=folder)
         config = replace(config, tie_word_embeddings=tied)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)
 
 
 class DeepseekVLHybrid(DeepseekVL):

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.kv_cache import KVCache
-from snippets.common.checkpoint import load_weights, read_config, read_json, read_tensors
+from snippets.common.checkpoint import filled, read_config, read_json, read_tensors
 from snippets.models.deepseek_v2 import DeepseekV2, DeepseekV2Config, DeepseekV2Layer
 from snippets.models.llama import LlamaLayer
 from snippets.multimodal.llava import merge_images
@@ -303,13 +303,9 @@ class DeepseekVL2(nn.Module):
         token = self.config.image_token_id
         if pixel_values is not None and token is None:
             raise ValueError("image_token_id isn't known, which stands where an image is")
-        # Behind a prompt, a placeholder without an image is one that the model itself wrote.
-        fresh = token is not None and (cache is None or cache.length == 0)
-        if pixel_values is not None or fresh:
-            features = None
-            if pixel_values is not None:
-                features = self.image_features(pixel_values, tiles)[None]  # 1 n d
-            x = merge_images(input_ids, x, features, token)
+        if token is not None:
+            features = None if pixel_values is None else self.image_features(pixel_values, tiles)
+            x = merge_images(input_ids, x, features, token, 0 if cache is None else cache.length)
         return self.language.head(self.language.model.decode(x, attention_mask, cache))
 
     def image_features(
@@ -373,10 +369,7 @@ class DeepseekVL2(nn.Module):
             name: tensor if dtype is None or name.endswith(BIAS) else tensor.to(dtype)
             for name, tensor in of_tower(read_tensors(folder)).items()
         }
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)
 
 
 def of_tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

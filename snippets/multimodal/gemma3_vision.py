@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.kv_cache import KVCache, allowed_keys
-from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
+from snippets.common.checkpoint import drop_tied_head, filled, read_config, read_tensors
 from snippets.layers.rmsnorm import UnitOffsetRMSNorm
 from snippets.models.gemma3 import Gemma3, Gemma3Config
 from snippets.multimodal.clip import layout
@@ -151,10 +151,7 @@ class Gemma3Vision(nn.Module):
                 f"language_model.{name}.weight" for name in ("lm_head", "model.embed_tokens")
             )
             drop_tied_head(tensors, head, table, source=folder)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)
 
 
 # Who sees whom

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.kv_cache import KVCache
-from snippets.common.checkpoint import drop_tied_head, load_weights, read_config, read_tensors
+from snippets.common.checkpoint import drop_tied_head, filled, read_config, read_tensors
 from snippets.layers.swiglu import ACTIVATIONS
 from snippets.models.llama import Llama, LlamaConfig
 from snippets.multimodal.clip import CLIPVisionConfig, CLIPVisionTransformer, layout
@@ -134,10 +134,9 @@ class Llava(nn.Module):
                 tokens. The cache is as it was.
         """
         x = self.language_model.model.embed_tokens(input_ids)  # b t d
-        # Behind a prompt, a placeholder without an image is one that the model itself wrote.
-        if pixel_values is not None or cache is None or cache.length == 0:
-            features = None if pixel_values is None else self.image_features(pixel_values)
-            x = merge_images(input_ids, x, features, self.config.image_token_index)
+        features = None if pixel_values is None else self.image_features(pixel_values)
+        past = 0 if cache is None else cache.length
+        x = merge_images(input_ids, x, features, self.config.image_token_index, past)
         return self.language_model.head(self.language_model.model.decode(x, attention_mask, cache))
 
     def image_features(self, pixel_values: Float[Tensor, "i c y x"]) -> Float[Tensor, "i n d"]:
@@ -171,10 +170,7 @@ class Llava(nn.Module):
         if config.text_config.tie_word_embeddings:
             head, rows = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
             drop_tied_head(tensors, head, rows, source=folder)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)
 
 
 # What every model with placeholders does
@@ -183,27 +179,34 @@ class Llava(nn.Module):
 def merge_images(
     input_ids: Int[Tensor, "b t"],
     embedded: Float[Tensor, "b t d"],
-    features: Float[Tensor, "i n d"] | None,
+    features: Float[Tensor, "*images d"] | None,
     image_token: int,
+    past: int = 0,
 ) -> Float[Tensor, "b t d"]:
     """The embedded tokens, with the images' vectors in place of the placeholders.
+
+    Behind a prompt, a placeholder without an image is one that the model itself wrote: a token
+    like any other, whose row stays.
 
     Args:
         input_ids: the tokens.
         embedded: what the language model makes of them; a placeholder's row is thrown away.
         features: of the images, in the order of their placeholders; None without images.
         image_token: the placeholder's id.
+        past: tokens in the cache.
 
     Raises:
         ValueError: more or fewer placeholders than image tokens.
     """
+    if features is None and past > 0:
+        return embedded
     places = input_ids == image_token  # b t
-    i, n = (0, 0) if features is None else features.shape[:2]
+    tokens = 0 if features is None else features.shape[:-1].numel()
     # A graph of torch.compile can't look at numbers; there the count is the caller's.
-    if not torch.compiler.is_compiling() and (found := int(places.sum())) != i * n:
+    if not torch.compiler.is_compiling() and (found := int(places.sum())) != tokens:
         raise ValueError(
-            f"{found} placeholders (id {image_token}) in input_ids, and {i * n} image tokens: "
-            f"{i} images of {n}"
+            f"{found} placeholders (id {image_token}) in input_ids, and {tokens} image tokens "
+            "in the features"
         )
     if features is None:
         return embedded

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from snippets.common.checkpoint import (
     CheckpointError,
-    load_weights,
+    filled,
     read_config,
     read_json,
     read_tensors,
@@ -436,10 +436,7 @@ class SamVisionEncoder(nn.Module):
             config = read_config(folder, SamVisionConfig, model_types=("sam_vision_model",))
             if len(inside) == len(tensors):  # transformers' SamVisionModel writes this level
                 tensors = inside
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)
 
 
 # Prompts
@@ -859,7 +856,4 @@ class Sam(nn.Module):
             name = "shared_image_embedding.positional_embedding"
             if not torch.equal(twin, tensors.setdefault(name, twin)):
                 raise CheckpointError(f"{folder}: prompts have other frequencies than {name}")
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from snippets.attention.multi_head import allowed_pairs
-from snippets.common.checkpoint import load_weights, read_config, read_tensors
+from snippets.common.checkpoint import filled, read_config, read_tensors
 from snippets.layers.layer_norm import LayerNorm
 from snippets.multimodal.clip import (
     CLIPVisionConfig,
@@ -309,10 +309,7 @@ class SigLIP(nn.Module):
         config = read_config(folder, SiglipConfig, model_types=("siglip",))
         tensors = read_tensors(folder, dtype)
         drop_position_ids(tensors, "text_model.", "vision_model.")
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)
 
 
 def sigmoid_loss(logits: Float[Tensor, "j i"]) -> Float[Tensor, ""]:

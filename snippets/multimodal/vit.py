@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from snippets.common.checkpoint import load_weights, read_config, read_tensors
+from snippets.common.checkpoint import filled, read_config, read_tensors
 from snippets.layers.layer_norm import LayerNorm
 from snippets.layers.swiglu import ACTIVATIONS
 
@@ -285,7 +285,4 @@ class ViT(nn.Module):
         # A map behind [CLS] that some files keep beside a classifier, which doesn't read it.
         pooler = ("vit.pooler.dense.weight", "vit.pooler.dense.bias")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in pooler}
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, tensors, source=folder)
-        return model.eval()
+        return filled(cls, config, tensors, source=folder)

@@ -16,6 +16,7 @@ from snippets.common.checkpoint import (
     INDEX,
     CheckpointError,
     drop_tied_head,
+    filled,
     is_a,
     load_weights,
     parse_config,
@@ -556,6 +557,42 @@ def test_weights_that_do_not_fit_are_all_named_and_change_nothing(said, device):
     assert all(t.is_meta for t in after.values()) == (device == "meta")
     if device == "cpu":
         assert_same(after, before)
+
+
+class Whole(nn.Module):
+    """A model of a config, that notes where it was built."""
+
+    def __init__(self, config: dict[str, int]):
+        super().__init__()
+        self.up = nn.Linear(config["inside"], config["outside"])
+        self.drop = nn.Dropout(0.5)
+        self.built_on = self.up.weight.device.type
+
+
+def test_a_model_is_built_without_memory_and_filled():
+    torch.manual_seed(5)
+    tensors = {"up.weight": torch.randn(5, 3), "up.bias": torch.randn(5)}
+    made = filled(Whole, {"inside": 3, "outside": 5}, tensors, source="here")
+    assert made.built_on == "meta" and not made.training
+    assert_same(made.state_dict(), tensors)
+    assert torch.zeros(1).device.type == "cpu"  # the default device is as before
+
+
+@pytest.mark.parametrize(
+    "said, tensors",
+    [
+        ("missing: up.bias", {"up.weight": (5, 3)}),
+        ("unexpected: down.bias", {"up.weight": (5, 3), "up.bias": (5,), "down.bias": (3,)}),
+        (
+            r"mis-shaped: up.weight is \(3, 5\), the config wants \(5, 3\)",
+            {"up.weight": (3, 5), "up.bias": (5,)},
+        ),
+    ],
+)
+def test_a_model_is_not_filled_by_halves(said, tensors):
+    tensors = {name: torch.ones(shape) for name, shape in tensors.items()}
+    with pytest.raises(CheckpointError, match=f"^here doesn't fit Whole; {said}$"):
+        filled(Whole, {"inside": 3, "outside": 5}, tensors, source="here")
 
 
 # Tied heads

@@ -226,11 +226,11 @@ def test_wrong_counts_say_both_numbers(folder, checked, request):
         request.getfixturevalue("unchecked")
     ours, (ids, mask) = Llava.from_pretrained(folder), prompts()
     cache = ours.new_cache()
-    with pytest.raises(ValueError, match=r"27 placeholders \(id 97\) .* 18 image tokens: 2 images"):
+    with pytest.raises(ValueError, match=r"27 placeholders \(id 97\) .* 18 image tokens in"):
         ours(ids, pictures(2), mask, cache)
-    with pytest.raises(ValueError, match=r"27 placeholders .* 36 image tokens: 4 images of 9"):
+    with pytest.raises(ValueError, match=r"27 placeholders .* 36 image tokens in"):
         ours(ids, pictures(4), mask, cache)
-    with pytest.raises(ValueError, match=r"27 placeholders .* 0 image tokens: 0 images of 0"):
+    with pytest.raises(ValueError, match=r"27 placeholders .* 0 image tokens in"):
         ours(ids, attention_mask=mask, cache=cache)
     with pytest.raises(ValueError, match=r"0 placeholders .* 9 image tokens"):
         ours(ids[2:], pictures(1), mask[2:], cache)
@@ -238,6 +238,26 @@ def test_wrong_counts_say_both_numbers(folder, checked, request):
         ours(ids, pictures(3, 30), mask, cache)
     assert cache.length == 0
     merge_images(ids, torch.zeros(3, ids.shape[1], 4), torch.ones(3, N, 4), IMAGE)  # fits
+
+
+def test_images_of_unequal_length_come_as_one_list_of_vectors():
+    ids = torch.tensor([[5, IMAGE, IMAGE, IMAGE], [IMAGE, 5, 6, IMAGE]])
+    words, seen = torch.zeros(2, 4, 3), torch.arange(15.0).view(5, 3)
+    merged = merge_images(ids, words, seen, IMAGE)
+    assert torch.equal(merged[ids == IMAGE], seen) and not merged[ids != IMAGE].any()
+    assert torch.equal(merged, merge_images(ids, words, seen.view(1, 5, 3), IMAGE))
+    with pytest.raises(ValueError, match=r"^5 placeholders .* and 4 image tokens in"):
+        merge_images(ids, words, seen[:4], IMAGE)
+
+
+def test_a_placeholder_keeps_its_row_only_behind_a_prompt_and_without_images():
+    ids, words, one = torch.tensor([[5, IMAGE]]), torch.randn(1, 2, 3), torch.ones(1, 3)
+    assert torch.equal(merge_images(ids, words, None, IMAGE, past=1), words)
+    assert torch.equal(merge_images(ids, words, one, IMAGE, past=1)[0, 1], one[0])
+    with pytest.raises(ValueError, match=r"^1 placeholders .* and 2 image tokens"):
+        merge_images(ids, words, one.expand(2, 3), IMAGE, past=1)
+    with pytest.raises(ValueError, match=r"^1 placeholders .* and 0 image tokens"):
+        merge_images(ids, words, None, IMAGE)
 
 
 def test_one_placeholder_becomes_as_many_as_the_image_has_tokens():
