@@ -16,13 +16,13 @@ from pathlib import Path
 
 from playwright.sync_api import Error, sync_playwright
 
+from theme.diagrams import KINDS  # authors write `x:::hidden`
+
 PACKAGE = "mermaid@11.17.2"
 INTEGRITY = (
     "sha512-V6K3C8EBdEsPFZXSKMJe6ppQOENxuHARr9GvHX4hh47l"
     "AbhMRD9qf4oEK7LoaRQxULMa80/qt5gHO73aCleBBg=="
 )
-# What a node is: authors write `x:::hidden`.
-KINDS = ("tokens", "hidden", "weights", "cache", "logits", "op")
 NAMES = ["ink", "line", "paper", "node", "node-line", "group", "group-line"]
 NAMES += [f"{kind}{part}" for kind in KINDS for part in ("", "-line")]
 SENTINEL = {name: f"#aabb{number:02x}" for number, name in enumerate(NAMES, 1)}
