@@ -1,4 +1,4 @@
-"""MkDocs hook: the styles of `extra_css` as one file, so that a page waits for one answer, not ten."""
+"""MkDocs hook: the styles of `extra_css` as one file: a page waits for one answer, not for ten."""
 
 import re
 from pathlib import Path, PurePosixPath

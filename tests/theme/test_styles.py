@@ -6,7 +6,7 @@ from theme import styles
 
 
 class Config:
-    extra_css = ["assets/katex/katex.min.css", "assets/site.css"]
+    extra_css = ("assets/katex/katex.min.css", "assets/site.css")
 
 
 HEAD = """
