@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import Zipped, served
+from tests.browser import Zipped, served, watched
 from theme import figures, tables
 
 ROOT = Path(__file__).parents[2]
@@ -168,4 +168,83 @@ def test_a_wide_table_on_a_phone_shows_that_it_goes_on(browser, address):
     assert name.bounding_box()["x"] - before < 1 and box.locator("[data-more]").count() == 0
     box.evaluate("b => b.scrollLeft = b.scrollWidth")
     tab.locator(".md-typeset__scrollwrap:not([data-more])").first.wait_for()
+    context.close()
+
+
+# Keyboard
+
+WHERE = """() => {
+  const box = document.activeElement
+  const seen = box.matches(".md-option") ? box.nextElementSibling : box
+  const { x, y, width, height } = seen.getBoundingClientRect()
+  const at = document.elementFromPoint(x + Math.min(width, 40) / 2, y + height / 2)
+  return { what: box.textContent.trim(), shown: seen === at || seen.contains(at) || !at,
+           inside: Boolean(box.closest(".md-sidebar--primary")), tag: box.tagName }
+}"""
+
+
+@pytest.fixture
+def phone(browser, address):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, reduced_motion="reduce")
+    tab, troubles = watched(context, address)
+    yield tab
+    context.close()
+    assert not troubles, "\n".join(troubles)
+
+
+def stops(tab, count: int) -> list[dict]:
+    found = []
+    for _ in range(count):
+        tab.keyboard.press("Tab")
+        found.append(tab.evaluate(WHERE))
+    return found
+
+
+def test_a_closed_drawer_is_no_stop_and_an_open_one_is_walked(phone, address):
+    phone.goto(address + "attention/gqa.html")
+    walked = stops(phone, 12)
+    assert [s["what"] for s in walked[:2]] == ["Skip to content", "Menu"]
+    assert "Search" in [s["what"] for s in walked] and not any(s["inside"] for s in walked)
+    phone.goto(address + "attention/gqa.html")
+    stops(phone, 2)
+    phone.keyboard.press("Enter")
+    phone.wait_for_timeout(100)
+    walked = [phone.evaluate(WHERE), *stops(phone, 6)]
+    assert all(s["inside"] and s["shown"] for s in walked), walked
+    names = [s["what"] for s in walked]
+    assert names[0].startswith("Attention") and "Multi-head attention" in names
+    phone.keyboard.press("Escape")
+    assert phone.evaluate(WHERE)["what"] == "Menu"
+    assert not any(s["inside"] for s in stops(phone, 8))
+
+
+def test_the_drawers_levels_are_left_and_entered_by_keyboard(phone, address):
+    phone.goto(address + "attention/gqa.html")
+    stops(phone, 2)
+    phone.keyboard.press("Space")
+    phone.wait_for_timeout(100)
+    phone.keyboard.press("Enter")  # the title of the level leads back
+    phone.wait_for_timeout(100)
+    walked = stops(phone, 9)
+    levels = [s for s in walked if s["tag"] == "LABEL" and s["what"].startswith("Layers")]
+    assert levels and not any(s["what"] == "Multi-head attention" for s in walked)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_folds_and_copy_buttons_are_reached_by_keyboard(browser, address, scheme):
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+    tab = context.new_page()
+    tab.goto(address + "attention/gqa.html")
+    fold, copy = tab.locator("details > summary").first, tab.locator(".copy-file").first
+    for box in (
+        fold,
+        copy,
+        tab.locator(".md-tabs__link").last,
+        tab.locator(".md-code__button").first,
+    ):
+        box.focus()
+        assert box.evaluate("b => b === document.activeElement && b.tabIndex === 0")
+    fold.focus()
+    tab.keyboard.press("Enter")
+    assert tab.locator("details[open]").count() == 1
     context.close()
