@@ -1,4 +1,5 @@
 """Ours against its peers: `python -m bench [PART]`, engine, modules, models, multimodal, adapters.
+Only when asked for: `python -m bench lighthouse`, scores of the built site.
 
 All runs of one comparison are interleaved, and what is printed are ratios of medians: on a
 noisy machine seconds mean little. The engine builds generated sites, whose pages hold six prose
@@ -19,11 +20,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parts = {"engine": engine, "modules": modules, "models": models}
     parts |= {"multimodal": multimodal, "adapters": adapters}
-    parser.add_argument("part", nargs="?", choices=parts, help="default: all")
+    asked = {"lighthouse": lighthouse}  # wants npm
+    parser.add_argument(
+        "part", nargs="?", choices=parts | asked, help="default: all but lighthouse"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     arguments = parser.parse_args()
     for part in [arguments.part] if arguments.part else parts:
-        parts[part](arguments.rounds)
+        (parts | asked)[part](arguments.rounds)
 
 
 def modules(rounds: int) -> None:
@@ -65,6 +69,17 @@ def multimodal(rounds: int) -> None:
 
     for pair in pairs():
         tell(f"{pair.name}, against {pair.peer}", ratio(pair, max(5, rounds)))
+
+
+def lighthouse(rounds: int) -> None:
+    from .lighthouse import WANTED, scores
+
+    for page, found, wanting in scores(rounds):
+        print(page)
+        for name, score in found.items():
+            verdict = "" if score >= WANTED[name] else f"  (at least {WANTED[name]}: NO)"
+            print(f"   {name} {score:.0f}{verdict}", flush=True)
+        print("\n".join(f"   {line}" for line in wanting))
 
 
 def engine(rounds: int) -> None:

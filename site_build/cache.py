@@ -88,6 +88,6 @@ class Cache:
         return json.loads(body)
 
     def write(self, page: Page, entry: dict) -> None:
-        body = json.dumps(entry, sort_keys=True).encode()
+        body = json.dumps(entry).encode()
         checksum = hashlib.sha256(body).hexdigest().encode()
         write_atomically(self.path(page), checksum + b"\n" + body)

@@ -308,8 +308,12 @@ def reachable(start: str) -> set[str]:
 
 def set_figure_format(shell) -> None:
     """Figures as PNG with 1.5 pixels a CSS pixel: sharp on phones, light to load."""
+    from IPython.core import pylabtools
     from traitlets.config import Config
 
+    from .figures import print_figure
+
+    pylabtools.print_figure = print_figure
     config = Config()
     # The style leaves room for labels; a tight box would draw each figure twice.
     config.InlineBackend.print_figure_kwargs = {"bbox_inches": None, "dpi": 150}

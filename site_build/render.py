@@ -124,6 +124,8 @@ def render_figure(output: dict, cell: Cell, page: Page, site: Site) -> list[str]
         width, height = png_size(raw) if kind == "png" else svg_size(output["data"])
     alt = re.sub(r'[\[\]"]', "", cell.options["alt"])
     size = f'width="{width}" height="{height}"'
+    if boxes := output.get("images"):  # for a theme that changes the colours around them
+        size += f' data-images="{json.dumps(boxes)}"'
     image = f"![{alt}]({name}){{ .output .figure {size} loading=lazy }}"
     caption = cell.options.get("caption")
     return [image, f"{caption}\n{{ .caption }}"] if caption else [image]

@@ -27,6 +27,18 @@ FOLDER = "assets/diagrams"  # below the pages, so that `mkdocs serve` watches it
 COMMAND = "make diagrams"
 SHRINK = 0.6  # below this part of its natural width a diagram scrolls instead
 NARROWEST = 288  # the room that a page has on a phone of 320 pixels
+# What a node is, and what its colour says below the diagram.
+KINDS = {
+    "tokens": "input",
+    "hidden": "activations",
+    "weights": "weights",
+    "cache": "kept: cache, files",
+    "logits": "output: logits, loss",
+    "op": "function without weights",
+}
+CLASS = re.compile(r":::([\w-]+)")
+# Tensors are round, layers and functions square, sums and products of two a circle.
+OTHER_SHAPES = re.compile(r"\w(\{\{|\(\[|\[\(|\[/|\{)")
 MARK = re.compile(r'<p class="diagram" data-name="(?P<name>\w+)">(?P<text>.*?)</p>', re.DOTALL)
 
 
@@ -50,7 +62,21 @@ class Diagram:
     @property
     def problem(self) -> str | None:
         missing = [key for key in ("accTitle", "accDescr") if not accessible(self.source, key)]
-        return f"a diagram without {' and '.join(missing)}" if missing else None
+        if missing:
+            return f"a diagram without {' and '.join(missing)}: they say what it shows"
+        if unknown := [kind for kind in CLASS.findall(self.source) if kind not in KINDS]:
+            return f"a diagram with the kind {unknown[0]}; there are {', '.join(KINDS)}"
+        if self.source.startswith("flowchart") and (
+            found := OTHER_SHAPES.search(drawn(self.source))
+        ):
+            return f"a diagram with a node {found[1]}; there are ( ), [ ] and (( ))"
+        return None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those it has, in the legend's order."""
+        found = CLASS.findall(self.source)
+        return [kind for kind in KINDS if kind in found]
 
 
 @cache
@@ -71,6 +97,12 @@ def accessible(source: str, key: str) -> str:
     """The text of `accTitle: ...`, or of `accDescr { ... }` over several lines."""
     match = re.search(rf"^\s*{key}\s*(?::(.*)|\{{([^}}]*)\}})", source, re.MULTILINE)
     return " ".join((match[1] or match[2] or "").split()) if match else ""
+
+
+def drawn(source: str) -> str:
+    """The source without its description and without quoted words, which may hold any sign."""
+    bare = re.sub(r"^\s*acc(Title|Descr)\s*(:.*|\{[^}]*\})", "", source, flags=re.MULTILINE)
+    return re.sub(r'"[^"]*"|\|[^|]*\|', "", bare)
 
 
 def diagrams(folder: Path) -> Iterator[Diagram]:
@@ -133,12 +165,13 @@ def on_post_page(output: str, page, config) -> str:
         diagram = found.get(match["name"])
         place = diagram.place if diagram else page.file.src_uri
         if diagram and diagram.problem:
-            log.warning(f"{place}: {diagram.problem}: they say what it shows")
+            log.warning(f"{place}: {diagram.problem}")
         path = folder / FOLDER / f"{match['name']}.svg"
         if not path.is_file():
             log.warning(f"{place}: this diagram is not rendered; run `{COMMAND}` and commit it")
             return f'<p class="diagram">{match["text"]}</p>'
-        return inline(path.read_text("utf-8").strip(), match["name"], next(numbers))
+        svg = inline(path.read_text("utf-8").strip(), match["name"], next(numbers))
+        return svg + legend(diagram.kinds if diagram else [])
 
     return MARK.sub(picture, output)
 
@@ -152,6 +185,14 @@ def inline(svg: str, name: str, number: int) -> str:
     svg = svg.replace(f"m{name}", f"diagram-{number}")
     scrolls = f' tabindex="0" role="group" aria-label="{title}"' if least > NARROWEST else ""
     return f'<div class="diagram"{scrolls}>{svg}</div>'
+
+
+def legend(kinds: list[str]) -> str:
+    """What the colours of a diagram mean; what is heard instead says so in words."""
+    if not kinds:
+        return ""
+    items = "".join(f'<span class="{kind}">{KINDS[kind]}</span>' for kind in kinds)
+    return f'<p class="diagram-legend" aria-hidden="true">{items}</p>'
 
 
 # On the author's machine

@@ -6,23 +6,20 @@ mermaid's SVG to what is seen. An edit of either file renders all diagrams again
 """
 
 import base64
-import hashlib
-import io
-import subprocess
-import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Error, sync_playwright
 
+from theme import npm
+from theme.diagrams import KINDS  # authors write `x:::hidden`
+
 PACKAGE = "mermaid@11.17.2"
 INTEGRITY = (
     "sha512-V6K3C8EBdEsPFZXSKMJe6ppQOENxuHARr9GvHX4hh47l"
     "AbhMRD9qf4oEK7LoaRQxULMa80/qt5gHO73aCleBBg=="
 )
-# What a node is: authors write `x:::hidden`.
-KINDS = ("tokens", "hidden", "weights", "cache", "logits", "op")
 NAMES = ["ink", "line", "paper", "node", "node-line", "group", "group-line"]
 NAMES += [f"{kind}{part}" for kind in KINDS for part in ("", "-line")]
 SENTINEL = {name: f"#aabb{number:02x}" for number, name in enumerate(NAMES, 1)}
@@ -71,21 +68,6 @@ class RenderFailed(ValueError):
     """A diagram that can't be drawn, in mermaid's words or ours."""
 
 
-def mermaid(build: Path) -> str:
-    """mermaid's code, from the package in `build`, which is fetched when it isn't there."""
-    archive = build / f"{PACKAGE.replace('@', '-')}.tgz"
-    if not archive.is_file():
-        build.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", str(build)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    data = archive.read_bytes()
-    found = f"sha512-{base64.b64encode(hashlib.sha512(data).digest()).decode()}"
-    if found != INTEGRITY:
-        raise SystemExit(f"{archive}: its hash is {found}, not {INTEGRITY}; delete it, try again")
-    with tarfile.open(fileobj=io.BytesIO(data)) as package:
-        return package.extractfile("package/dist/mermaid.min.js").read().decode()
-
-
 def styles(fonts: Path) -> str:
     """Style of the rendering page: the site's fonts, and the kinds' sentinels."""
     rules = []
@@ -114,12 +96,12 @@ def browser(pages: Path, build: Path) -> Iterator[Callable[[str, str, str, str],
     """Gives `render(name, source, title, description)`; `pages` has the site's fonts."""
     from tests.browser import FLAGS, executable  # one place knows how to find Chromium
 
-    code = mermaid(build)
+    (code,) = npm.read(PACKAGE, INTEGRITY, ["dist/mermaid.min.js"], build)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=executable(), args=FLAGS)
         tab = chromium.new_page()
         tab.set_content(f"<style>{styles(pages / 'assets/fonts')}</style>")
-        tab.add_script_tag(content=code)
+        tab.add_script_tag(content=code.decode())
         tab.add_script_tag(path=Path(__file__).with_suffix(".js"))
         names = {sentinel: name for name, sentinel in SENTINEL.items()}
         tab.evaluate("([config, names]) => prepare(config, names)", [CONFIG, names])

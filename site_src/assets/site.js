@@ -3,7 +3,13 @@ const SCROLLING = {
   ".md-typeset__scrollwrap": "Table",
   ".output.table": "Table",
   "div.arithmatex": "Formula",
+  "div.diagram": null, // the build has named it
   ".highlight code": null, // text, and no group
+}
+/* Those whose edge fades while there is more behind it; of code one sees that a line is cut. */
+const FADING = ".md-typeset__scrollwrap, .output.table, div.arithmatex, div.diagram"
+function fade({ target: box }) {
+  box.toggleAttribute("data-more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1)
 }
 
 /* A box that scrolls can be reached by keyboard, one that doesn't is no stop on the way. */
@@ -20,6 +26,10 @@ function reach() {
         }
       } else {
         box.removeAttribute("tabindex")
+      }
+      if (box.matches(FADING)) {
+        fade({ target: box })
+        box.addEventListener("scroll", fade, { passive: true })
       }
     }
   }

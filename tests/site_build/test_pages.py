@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.image import imread
 
 from site_build.pages import SourceError, read_markdown, read_notebook
 
@@ -174,6 +175,36 @@ def test_a_figure_is_a_hashed_file_with_its_size(project):
     project.build()
     (changed,) = (project.root / "build/pages/topic").glob("a-1-*.png")
     assert changed.name != file.name
+
+
+IMAGES = """\
+import matplotlib.pyplot as plt
+fig = plt.figure(figsize=(8, 4))
+left = fig.add_axes([0.1, 0.1, 0.2, 0.4])
+shown = left.imshow([[0, 1], [1, 0]], aspect="auto")
+assert fig.colorbar(shown, cax=fig.add_axes([0.4, 0.1, 0.05, 0.4]))
+points = fig.add_axes([0.5, 0.5, 0.2, 0.4]).scatter([0, 1], [1, 0], c=[0, 1])
+assert fig.colorbar(points, cax=fig.add_axes([0.8, 0.5, 0.05, 0.4]))"""
+
+
+def test_a_figure_says_where_it_shows_images(project):
+    project.page("a.md", IMAGES, info='alt="An image, its bar, and points with theirs"')
+    project.page("b.md", IMAGES.replace("left.imshow", "left.pcolormesh").replace(
+        ', aspect="auto"', ""), info='alt="A mesh"')  # fmt: skip
+    project.page("c.md", "import matplotlib.pyplot as plt\nassert plt.plot([1])", info='alt="x"')
+    project.build()
+    boxes = "[[10.0, 50.0, 30.0, 90.0], [40.0, 50.0, 45.0, 90.0]]"
+    assert f'data-images="{boxes}" loading=lazy }}' in project.text("a.md")
+    assert f'data-images="{boxes}"' in project.text("b.md")
+    assert "data-images" not in project.text("c.md")
+
+
+def test_a_figure_is_ink_without_paper(project):
+    project.page("a.md", "import matplotlib.pyplot as plt\nassert plt.plot([1, 2])", info='alt="x"')
+    project.build()
+    (file,) = (project.root / "build/pages").glob("a-1-*.png")
+    shown = imread(file)
+    assert shown.shape == (540, 1020, 4) and shown[2, 2, 3] == 0 and shown[300, 1000, 3] == 0
 
 
 def test_a_module_is_shown_whole_with_links_to_source_and_test(quick):

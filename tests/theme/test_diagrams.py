@@ -10,7 +10,8 @@ import pytest
 
 from site_build.options import read_mkdocs_yml
 from theme import diagrams
-from theme.mermaid import KINDS, NAMES, RenderFailed, browser
+from theme.diagrams import KINDS
+from theme.mermaid import NAMES, RenderFailed, browser
 
 ROOT = Path(__file__).parents[2]
 PAGES, *_ = read_mkdocs_yml(ROOT / "mkdocs.yml")
@@ -251,3 +252,39 @@ def test_shapes_of_tensors_are_in_the_code_font(render):
 def test_a_diagram_that_can_not_be_shown_is_refused(render, source, said):
     with pytest.raises(RenderFailed, match=re.escape(said)):
         render("mabc", source, "T", "D")
+
+
+# One language
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        (":::tokens", ":::token", "page.md:1: a diagram with the kind token; there are tokens"),
+        ("a(ids)", "a{{ids}}", "page.md:1: a diagram with a node {{; there are ( ), [ ] and (( ))"),
+    ],
+)
+def test_a_kind_or_a_shape_of_its_own_is_a_warning(project, caplog, old, new, said):
+    source = SOURCE.replace(old, new)
+    (project.kept / f"{diagrams.name_of(source)}.svg").write_text(svg(source))
+    project(f"```mermaid\n{source}\n```\n")
+    (record,) = caplog.records
+    assert said in record.getMessage()
+
+
+def test_braces_in_words_are_no_shapes(project, caplog):
+    source = SOURCE.replace("(ids)", '("{{ids}}")').replace("|b t|", "|f([x])|")
+    (project.kept / f"{diagrams.name_of(source)}.svg").write_text(svg(source))
+    project(f"```mermaid\n{source}\n```\n")
+    assert not caplog.records
+
+
+def test_the_legend_names_the_kinds_that_are_seen(project):
+    (project.kept / f"{diagrams.name_of(SOURCE)}.svg").write_text(svg())
+    (legend,) = re.findall(r'<p class="diagram-legend".*?</p>', project(FENCE))
+    assert re.findall(r'<span class="(\w+)">', legend) == ["tokens", "logits"]
+
+
+def test_every_kind_has_its_colour_in_the_legend():
+    for kind in KINDS:
+        assert f".diagram-legend .{kind}::before {{\n  --fill: var(--diagram-{kind});" in CSS
