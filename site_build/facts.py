@@ -65,9 +65,15 @@ def to(page: Page, stem: str, suffixes: dict[str, str]) -> str:
     return f"{'../' * page.source.count('/')}{stem}.{suffixes[stem]}"
 
 
-def head(page: Page, entry: dict | None, proofs: list[dict], links: list[str]) -> str:
-    """Below the title: what the page proves, the time it takes, where its parts are."""
-    about = []
+def head(
+    page: Page, entry: dict | None, proofs: list[dict], needed: list[str], links: list[str]
+) -> str:
+    """Below the title: what the page needs, gives and proves, the time it takes, its parts."""
+    about, given = [], []
+    if known := [*needed, *page.meta.get("assumes", [])]:
+        given.append(f"**You need** {', '.join(known)}.")
+    if able := page.meta.get("able"):
+        given.append(f"**You will be able to** {'; '.join(able)}.")
     if claims := page.meta.get("proves"):
         about.append(f"**Proves** {'; '.join(claims)}.")
     equal: dict[str, float] = {}
@@ -86,8 +92,9 @@ def head(page: Page, entry: dict | None, proofs: list[dict], links: list[str]) -
         *links,
         *(f"[Paper](https://arxiv.org/abs/{paper} 'arXiv:{paper}')" for paper in first),
     ]
-    lines = [" ".join(about), "{ .fp-proves }", "", " · ".join(links), "{ .fp-links }"]
-    return block("fp-head", lines if about else lines[3:])
+    lines = [line for text in given for line in (text, "{ .fp-given }", "")]
+    lines += [" ".join(about), "{ .fp-proves }", ""] if about else []
+    return block("fp-head", [*lines, " · ".join(links), "{ .fp-links }"])
 
 
 def foot(page: Page, packages: dict[str, str], origin: Origin, links: list[str]) -> str:

@@ -22,6 +22,10 @@ def is_arxiv_id(value: object) -> bool:
     )
 
 
+def are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 META = {  # the metadata that the engine reads, and what is right there
     "study": lambda value: isinstance(value, bool),
     "cpu_seconds": lambda value: type(value) in (int, float) and value > 0,
@@ -29,8 +33,11 @@ META = {  # the metadata that the engine reads, and what is right there
     "notebook": lambda value: value in ("native", "classic"),
     "minutes": lambda value: type(value) is int and value > 0,
     "year": lambda value: type(value) is int,
-    "proves": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
-    "key_points": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+    "prerequisites": are_texts,
+    "assumes": are_texts,
+    "able": are_texts,
+    "proves": are_texts,
+    "key_points": are_texts,
     "papers": lambda value: isinstance(value, list) and all(map(is_arxiv_id, value)),
 }
 

@@ -69,7 +69,9 @@ def render(page: Page, entry: dict | None, site: Site) -> str:
     if page.cells:
         text = re.sub(r"\n{3,}", "\n\n", text)
     headed = "minutes" in page.meta
-    above = facts.head(page, entry, site.proofs, parts(page, site)) if headed else ""
+    above = ""
+    if headed:
+        above = facts.head(page, entry, site.proofs, needed(page, site), parts(page, site))
     links = [] if headed else site.links.get(page.source, [])
     packages = site.packages.get(page.source)
     below = facts.foot(page, packages, site.origin, links) if packages is not None else ""
@@ -194,6 +196,15 @@ def render_show(what: str, page: Page, site: Site) -> str:
         fence(code, f'python title="{what}"', bare=True)
         + f"\n\n{' · '.join(links)}\n{{ .module-links }}"
     )
+
+
+def needed(page: Page, site: Site) -> list[str]:
+    """Links to the pages that should be read before."""
+    titles = {other.stem: facts.title(other) for other in site.pages}
+    stems = page.meta.get("prerequisites", [])
+    if unknown := [stem for stem in stems if stem not in titles]:
+        raise RenderError(0, f"prerequisites: there is no page {', '.join(unknown)}")
+    return [f"[{titles[stem]}]({facts.to(page, stem, site.suffixes)})" for stem in stems]
 
 
 def parts(page: Page, site: Site) -> list[str]:

@@ -51,6 +51,20 @@ def test_the_head_says_what_a_page_proves_and_where_its_parts_are(lesson):
     assert "[Paper](https://arxiv.org/abs/1910.07467 'arXiv:1910.07467')" in head
 
 
+def test_the_head_says_what_a_page_needs_and_gives(lesson):
+    given = "able: [do one thing, say another]\nassumes: [some Python]\nprerequisites: [topic/b]"
+    code = "from snippets.topic.a import value\nassert value() == 1"
+    lesson.page("topic/a.md", code, meta=f"{META}\n{given}")
+    lesson.write("site_src/topic/b.md", "---\ntitle: Before\n---\n# B\n")
+    build(lesson)
+    head = lesson.text("topic/a.md").partition("</div>")[0]
+    assert "**You need** [Before](../topic/b.md), some Python." in head
+    assert "**You will be able to** do one thing; say another." in head
+    lesson.page("topic/a.md", code, meta=f"{META}\nprerequisites: [topic/c]")
+    with pytest.raises(BuildFailed, match=r"topic/a.md: .*there is no page topic/c"):
+        build(lesson)
+
+
 def test_the_head_names_the_oracle_and_the_largest_difference(lesson, monkeypatch):
     from pathlib import Path
 
