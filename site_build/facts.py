@@ -80,12 +80,7 @@ def head(page: Page, entry: dict | None, proofs: list[dict], links: list[str]) -
         about.append(f"Equal to {compared}.")
     if entry and not entry["error"]:
         about.append(f"{entry['assertions']} assertions held in this build.")
-    first = (str(paper) for paper in page.meta.get("papers", [])[:1])
-    links = [
-        f"{page.meta['minutes']} minutes",
-        *links,
-        *(f"[Paper](https://arxiv.org/abs/{paper} 'arXiv:{paper}')" for paper in first),
-    ]
+    links = [f"{page.meta['minutes']} minutes", *links]
     lines = [" ".join(about), "{ .fp-proves }", "", " · ".join(links), "{ .fp-links }"]
     return block("fp-head", lines if about else lines[3:])
 

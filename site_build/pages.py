@@ -16,12 +16,6 @@ FLAGS = ("no-run", "stderr")
 KEYED = ("hide", "alt", "caption", "title", "hl_lines")
 
 
-def is_arxiv_id(value: object) -> bool:
-    return (
-        isinstance(value, str) and re.fullmatch(r"\d{4}\.\d{4,5}|[a-z-]+/\d{7}", value) is not None
-    )
-
-
 META = {  # the metadata that the engine reads, and what is right there
     "study": lambda value: isinstance(value, bool),
     "cpu_seconds": lambda value: type(value) in (int, float) and value > 0,
@@ -31,7 +25,6 @@ META = {  # the metadata that the engine reads, and what is right there
     "year": lambda value: type(value) is int,
     "proves": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
     "key_points": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
-    "papers": lambda value: isinstance(value, list) and all(map(is_arxiv_id, value)),
 }
 
 
