@@ -17,8 +17,8 @@ ASKED = re.compile(r"^<!-- papers: (?P<what>timeline|table|reading) -->$", re.MU
 MONTHS = "January February March April May June July August September October November December"
 
 # The picture, in its own units, which are pixels where there is room for it.
-LEFT, MONTH, STEP, ROW, HEAD = 130, 7.2, 84, 24, 26
-CHARACTER = 6.3  # width of a letter, at most on average
+LEFT, MONTH, STEP, ROW, HEAD = 130, 6.8, 84, 24, 26
+CHARACTER = 6.2  # width of a letter, at most on average
 BEGIN = 2016  # from here on by month; what is older stands before, one column a year
 
 
@@ -79,12 +79,17 @@ def pages_of(papers: list[Shown]) -> list["Citing"]:
 @dataclass(frozen=True)
 class Mark:
     shown: Shown
-    x: float
+    x: float  # of the dot
     label: str
+    flipped: bool = False  # the label stands before the dot
 
     @property
     def width(self) -> float:
-        return 12 + CHARACTER * len(self.label)
+        return 14 + CHARACTER * len(self.label)
+
+    @property
+    def left(self) -> float:
+        return self.x + 6 - self.width if self.flipped else self.x - 6
 
 
 def columns(papers: list[Shown]) -> dict[int, int]:
@@ -93,24 +98,24 @@ def columns(papers: list[Shown]) -> dict[int, int]:
     return {year: LEFT + number * STEP // 3 for number, year in enumerate(years)}
 
 
-def marks(papers: list[Shown], early: dict[int, int], begin: float) -> list[Mark]:
+def marks(papers: list[Shown], early: dict[int, int], begin: float, right: float) -> list[Mark]:
     found = []
     for shown in papers:
-        year, month = shown.when
+        (year, month), name = shown.when, shown.paper.name
         if year in early:
-            found.append(Mark(shown, early[year], f"{shown.paper.name} {year}"))
+            found.append(Mark(shown, early[year], f"{name} {year}"))
         else:
-            found.append(
-                Mark(shown, begin + MONTH * (12 * (year - BEGIN) + month - 0.5), shown.paper.name)
-            )
+            mark = Mark(shown, begin + MONTH * (12 * (year - BEGIN) + month - 0.5), name)
+            beyond = mark.left + mark.width > right
+            found.append(Mark(shown, mark.x, name, flipped=beyond))
     return found
 
 
 def rows(found: Iterable[Mark]) -> list[list[Mark]]:
     """Marks in as few rows as it takes to have no label on another."""
     packed: list[list[Mark]] = []
-    for mark in sorted(found, key=lambda mark: mark.x):
-        fits = (row for row in packed if row[-1].x + row[-1].width < mark.x - 4)
+    for mark in sorted(found, key=lambda mark: mark.left):
+        fits = (row for row in packed if row[-1].left + row[-1].width < mark.left)
         row = next(fits, None)
         if row is None:
             packed.append([mark])
@@ -124,26 +129,24 @@ def timeline(papers: list[Shown]) -> str:
     begin = LEFT + (len(early) + 3) * STEP // 3
     last = max(shown.when[0] for shown in papers)
     right = begin + 12 * MONTH * (last + 1 - BEGIN)
-    lanes, y, width = [], HEAD, right
+    lanes, y = [], HEAD
     for topic, group in by_topic(papers).items():
-        packed = rows(marks(group, early, begin))
-        height = ROW * len(packed) + 8
+        packed = rows(marks(group, early, begin, right))
         lanes.append(f'<path class="fp-lane" d="M0 {y}H{right:.0f}"/>')
         lanes.append(f'<text class="fp-topic" x="0" y="{y + 20}">{html.escape(topic)}</text>')
         for number, row in enumerate(packed):
             lanes += [drawn(mark, y + 4 + ROW * number) for mark in row]
-            width = max(width, row[-1].x + row[-1].width)
-        y += height
-    years = [
-        f'<text class="fp-year" x="{begin + 12 * MONTH * (year - BEGIN) + 4:.0f}" y="16">{year}</text>'
-        f'<path class="fp-grid" d="M{begin + 12 * MONTH * (year - BEGIN):.0f} 0V{y}"/>'
-        for year in range(BEGIN, last + 1)
-    ]
+        y += ROW * len(packed) + 8
+    years = []
+    for year in range(BEGIN, last + 1):
+        x = begin + 12 * MONTH * (year - BEGIN)
+        years.append(f'<text class="fp-year" x="{x + 4:.0f}" y="16">{year}</text>')
+        years.append(f'<path class="fp-grid" d="M{x:.0f} 0V{y}"/>')
     if early:
         years.append(f'<text class="fp-year" x="{LEFT}" y="16">before {BEGIN}</text>')
     return (
-        f'<div class="fp-timeline" data-search-exclude>'
-        f'<svg viewBox="0 0 {width:.0f} {y}" width="{width:.0f}" height="{y}" role="group" '
+        '<div class="fp-timeline" data-search-exclude>'
+        f'<svg viewBox="0 0 {right:.0f} {y}" width="{right:.0f}" height="{y}" role="group" '
         f'aria-label="Timeline of papers">{"".join(years)}{"".join(lanes)}</svg></div>'
     )
 
@@ -151,11 +154,13 @@ def timeline(papers: list[Shown]) -> str:
 def drawn(mark: Mark, top: float) -> str:
     paper, kind = mark.shown.paper, " fp-built" if mark.shown.builds else ""
     about = html.escape(f"{paper.title}, {mark.shown.date}")
+    middle, end = top + ROW / 2, ' text-anchor="end"' if mark.flipped else ""
+    x = mark.x - 8 if mark.flipped else mark.x + 8
     return (
         f'<a class="fp-mark{kind}" href="#{paper.anchor}"><title>{about}</title>'
-        f'<rect x="{mark.x - 6:.0f}" y="{top:.0f}" width="{mark.width:.0f}" height="{ROW}"/>'
-        f'<circle cx="{mark.x:.1f}" cy="{top + ROW / 2:.0f}" r="4"/>'
-        f'<text x="{mark.x + 8:.1f}" y="{top + ROW / 2 + 4:.0f}">{html.escape(mark.label)}</text></a>'
+        f'<rect x="{mark.left:.0f}" y="{top:.0f}" width="{mark.width:.0f}" height="{ROW}"/>'
+        f'<circle cx="{mark.x:.1f}" cy="{middle:.0f}" r="4"/>'
+        f'<text x="{x:.1f}" y="{middle + 4:.0f}"{end}>{html.escape(mark.label)}</text></a>'
     )
 
 
@@ -179,7 +184,8 @@ def to(page: "Citing", other: "Citing") -> str:
 
 def table(page: "Citing", papers: list[Shown]) -> str:
     """Newest first."""
-    lines = ["| Date | Paper | Implemented on | Cited on |", "|---|---|---|---|"]
+    lines = ['<div class="fp-papers" markdown="1">', ""]
+    lines += ["| Date | Paper | Implemented on | Cited on |", "|---|---|---|---|"]
     for shown in sorted(papers, key=lambda s: s.when, reverse=True):
         paper = shown.paper
         built = [f"{to(page, p)}: {p.sections[paper.key]}" for p in shown.builds]
@@ -189,13 +195,13 @@ def table(page: "Citing", papers: list[Shown]) -> str:
         cells = [f"{paper.year}-{paper.month:02}" if paper.month else str(paper.year)]
         cells += [about, "<br>".join(built), ", ".join(others)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</div>"])
 
 
 def reading(page: "Citing", papers: list[Shown]) -> str:
     """Pages in the order of the navigation, each with the papers that no page before it has."""
     found, seen, topic = {shown.paper.key: shown.paper for shown in papers}, set(), None
-    lines = []
+    lines, number = [], 0
     for other in pages_of(papers):
         new = [key for key in other.listed if key in found and key not in seen]
         seen.update(new)
@@ -205,5 +211,6 @@ def reading(page: "Citing", papers: list[Shown]) -> str:
             topic = other.topic
             lines += ["", f"**{topic}**", ""]
         names = ", ".join(f"[{plain(found[key].name)}](#{found[key].anchor})" for key in new)
-        lines.append(f"1. {to(page, other)}: {names}")
+        number += 1
+        lines.append(f"{number}. {to(page, other)}: {names}")
     return "\n".join(lines)

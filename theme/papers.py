@@ -7,6 +7,7 @@ its papers; Reference > Papers shows all of them (theme/paper_index.py).
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -275,9 +276,9 @@ def shown(everything: Library) -> Iterator[paper_index.Shown]:
         pages = [page for page in everything.pages.values() if key in page.listed]
         builds = [page for page in pages if key in page.sections]
         own = [page for page in pages if page.has_module and page.listed[0] == key]
-        first = [*builds, *own, *pages]
-        if first:
-            yield paper_index.Shown(paper, pages, builds, first[0].topic)
+        topics = Counter(page.topic for page in builds or own or pages)
+        if topics:
+            yield paper_index.Shown(paper, pages, builds, topics.most_common(1)[0][0])
 
 
 def on_page_content(content: str, page, config, files) -> str:
