@@ -17,8 +17,7 @@ ASKED = re.compile(r"^<!-- papers: (?P<what>timeline|table|reading) -->$", re.MU
 MONTHS = "January February March April May June July August September October November December"
 
 # The picture, in its own units, which are pixels where there is room for it.
-LEFT, MONTH, STEP, ROW, HEAD = 130, 6.8, 84, 24, 26
-CHARACTER = 6.2  # width of a letter, at most on average
+LEFT, MONTH, STEP, ROW, HEAD, MARGIN = 130, 6.8, 84, 24, 26, 6
 BEGIN = 2016  # from here on by month; what is older stands before, one column a year
 
 
@@ -85,11 +84,12 @@ class Mark:
 
     @property
     def width(self) -> float:
-        return 14 + CHARACTER * len(self.label)
+        """Dot and label; of letters, those in capitals and figures are the wide ones."""
+        return 14 + sum(6 if c.islower() or c in " .,'-()" else 8.4 for c in self.label)
 
     @property
     def left(self) -> float:
-        return self.x + 6 - self.width if self.flipped else self.x - 6
+        return self.x + MARGIN - self.width if self.flipped else self.x - MARGIN
 
 
 def columns(papers: list[Shown]) -> dict[int, int]:
@@ -144,9 +144,10 @@ def timeline(papers: list[Shown]) -> str:
         years.append(f'<path class="fp-grid" d="M{x:.0f} 0V{y}"/>')
     if early:
         years.append(f'<text class="fp-year" x="{LEFT}" y="16">before {BEGIN}</text>')
+    width = f"{right + MARGIN:.0f}"
     return (
         '<div class="fp-timeline" data-search-exclude>'
-        f'<svg viewBox="0 0 {right:.0f} {y}" width="{right:.0f}" height="{y}" role="group" '
+        f'<svg viewBox="0 0 {width} {y}" width="{width}" height="{y}" role="group" '
         f'aria-label="Timeline of papers">{"".join(years)}{"".join(lanes)}</svg></div>'
     )
 

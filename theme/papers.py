@@ -73,6 +73,7 @@ class Citing:
     has_module: bool
     place: int  # in the order of the navigation
     listed: list[str] = field(default_factory=list)
+    cited: list[str] = field(default_factory=list)  # in the order of the text
     sections: dict[str, str] = field(default_factory=dict)  # paper: what of it the page builds
     problems: list[str] = field(default_factory=list)
 
@@ -154,7 +155,7 @@ def cited(text: str) -> list[str]:
     return list(dict.fromkeys(match["key"] for match in CITATION.finditer(prose(text))))
 
 
-def check(page: Citing, entries: object, found: list[str], papers: dict[str, Paper]) -> None:
+def check(page: Citing, entries: object, papers: dict[str, Paper]) -> None:
     """Takes what the metadata lists, and notes where it isn't what the page cites."""
     for entry in entries if isinstance(entries, list) else [entries]:
         part = isinstance(entry, dict) and set(entry) == {"id", "section"}
@@ -169,10 +170,10 @@ def check(page: Citing, entries: object, found: list[str], papers: dict[str, Pap
         page.listed.append(key)
         if part:
             page.sections[key] = section(entry["section"])
-    for key in dict.fromkeys([*page.listed, *found]):
+    for key in dict.fromkeys([*page.listed, *page.cited]):
         if key not in papers:
             page.problems.append(f"there is no paper {key} in {DATA}")
-        elif key not in found:
+        elif key not in page.cited:
             page.problems.append(f"papers: {key} is listed and never cited, as [^{key}]")
         elif key not in page.listed:
             page.problems.append(f"[^{key}] is cited and not listed in papers:")
@@ -184,7 +185,7 @@ def definitions(page: Citing) -> str:
     Only Reference > Papers is found by titles: here they would drown what pages say.
     """
     notes = []
-    for key in page.listed:
+    for key in page.cited:
         if key in library.papers:
             part = page.sections.get(key)
             built = f". Implemented here: {plain(part)}" if part else ""
@@ -245,8 +246,8 @@ def on_nav(nav, config, files):
         topic = stem.partition("/")[0]
         module = (root / f"snippets/{stem}.py").is_file()
         title = str(about.get("title") or stem)
-        page = Citing(source, title, topics.get(topic, topic), module, place)
-        check(page, about.get("papers", []), cited(body), library.papers)
+        page = Citing(source, title, topics.get(topic, topic), module, place, cited=cited(body))
+        check(page, about.get("papers", []), library.papers)
         library.pages[source] = page
         for problem in page.problems:
             log.warning(f"{source}: {problem}")
