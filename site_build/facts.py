@@ -86,12 +86,7 @@ def head(
         about.append(f"Equal to {compared}.")
     if entry and not entry["error"]:
         about.append(f"{entry['assertions']} assertions held in this build.")
-    first = (str(paper) for paper in page.meta.get("papers", [])[:1])
-    links = [
-        f"{page.meta['minutes']} minutes",
-        *links,
-        *(f"[Paper](https://arxiv.org/abs/{paper} 'arXiv:{paper}')" for paper in first),
-    ]
+    links = [f"{page.meta['minutes']} minutes", *links]
     lines = [line for text in given for line in (text, "{ .fp-given }", "")]
     lines += [" ".join(about), "{ .fp-proves }", ""] if about else []
     return block("fp-head", [*lines, " · ".join(links), "{ .fp-links }"])

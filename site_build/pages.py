@@ -16,12 +16,6 @@ FLAGS = ("no-run", "stderr")
 KEYED = ("hide", "alt", "caption", "title", "hl_lines")
 
 
-def is_arxiv_id(value: object) -> bool:
-    return (
-        isinstance(value, str) and re.fullmatch(r"\d{4}\.\d{4,5}|[a-z-]+/\d{7}", value) is not None
-    )
-
-
 def are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
@@ -38,7 +32,6 @@ META = {  # the metadata that the engine reads, and what is right there
     "able": are_texts,
     "proves": are_texts,
     "key_points": are_texts,
-    "papers": lambda value: isinstance(value, list) and all(map(is_arxiv_id, value)),
 }
 
 

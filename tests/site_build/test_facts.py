@@ -10,7 +10,7 @@ from site_build.engine import BuildFailed, Engine
 from site_build.facts import Origin
 from site_build.options import Options
 
-META = "title: A lesson\ndescription: What it is about\nminutes: 12\npapers: ['1910.07467', '1607.06450']\nproves: [one thing, another]"
+META = "title: A lesson\ndescription: What it is about\nminutes: 12\nproves: [one thing, another]"
 PROOF = """import torch
 from snippets.common.proof import parity
 x = torch.arange(3.0)
@@ -48,7 +48,6 @@ def test_the_head_says_what_a_page_proves_and_where_its_parts_are(lesson):
     assert (
         "12 minutes · [Module](../snippets/topic/a.py) · [Test](../tests/topic/test_a.py)" in head
     )
-    assert "[Paper](https://arxiv.org/abs/1910.07467 'arXiv:1910.07467')" in head
 
 
 def test_the_head_says_what_a_page_needs_and_gives(lesson):
@@ -155,7 +154,7 @@ assert layers
 
 @pytest.mark.parametrize(
     "meta",
-    ["minutes: ten", "papers: [1910.07467]", "papers: ['1910']", "proves: a claim", "year: '2023'"],
+    ["minutes: ten", "proves: a claim", "year: '2023'"],
 )
 def test_metadata_of_the_wrong_kind_is_named(lesson, meta):
     lesson.page("topic/a.md", "from snippets.topic.a import value\nassert value()", meta=meta)
