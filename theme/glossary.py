@@ -1,7 +1,7 @@
 """MkDocs hook: the glossary page, and a mark at the first use of each of its terms on a page.
 
 Marked is prose only: no code, heading, link, formula, table or output. A mark is a link to the
-glossary that carries its sentence, which `glossary.js` shows; without the script it is a link still.
+glossary with the entry's sentence, which `glossary.js` shows; without the script it still leads.
 """
 
 import re
@@ -22,14 +22,16 @@ PAGE = "reference/glossary.md"
 PLACE = "<!-- glossary -->"
 NEEDED, ALLOWED = {"term", "says", "page"}, {"also", "forms"}
 
-TOKEN = re.compile(r"<!--.*?-->|<(?P<close>/?)(?P<tag>\w+)(?:[^>\"']|\"[^\"]*\"|'[^']*')*>", re.DOTALL)
+TOKEN = re.compile(
+    r"""<!--.*?-->|<(?P<close>/?)(?P<tag>\w+)(?:[^>"']|"[^"]*"|'[^']*')*>""", re.DOTALL
+)
 PROSE = {"p", "li", "dd"}
 SKIPPED = {"a", "button", "code", "h1", "h2", "h3", "h4", "h5", "h6", "label", "pre", "script"}
 SKIPPED |= {"style", "summary", "svg", "table"}
 VOID = {"br", "hr", "img", "input", "source", "wbr"}
 SKIPPED_CLASS = re.compile(
     r'class="[^"]*\b(arithmatex|admonition-title|caption|cards|footnote|output|fp-foot|fp-head|'
-    r'md-tags|module-links|page-links)\b'
+    r"md-tags|module-links|page-links)\b"
 )
 
 
