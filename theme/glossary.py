@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.utils import get_relative_url
 
@@ -20,17 +21,18 @@ log = get_plugin_logger("glossary")
 SOURCE = "glossary.yml"
 PAGE = "reference/glossary.md"
 PLACE = "<!-- glossary -->"
-NEEDED, ALLOWED = {"term", "says", "page"}, {"also", "forms"}
+NEEDED, ALLOWED = {"term", "says", "page"}, {"also", "forms", "never"}
 
 TOKEN = re.compile(
     r"""<!--.*?-->|<(?P<close>/?)(?P<tag>\w+)(?:[^>"']|"[^"]*"|'[^']*')*>""", re.DOTALL
 )
+REFERENCES = re.compile(r'<h\d id="references"')
 PROSE = {"p", "li", "dd"}
 SKIPPED = {"a", "button", "code", "h1", "h2", "h3", "h4", "h5", "h6", "label", "pre", "script"}
 SKIPPED |= {"style", "summary", "svg", "table"}
 VOID = {"br", "hr", "img", "input", "source", "wbr"}
 SKIPPED_CLASS = re.compile(
-    r'class="[^"]*\b(arithmatex|admonition-title|caption|cards|footnote|output|fp-foot|fp-head|'
+    r'class="[^"]*\b(arithmatex|admonition-title|caption|cards|doc-section-title|footnote|output|fp-foot|fp-head|'
     r"md-tags|module-links|page-links)\b"
 )
 
@@ -42,6 +44,7 @@ class Entry(NamedTuple):
     term: str
     also: list[str]
     forms: list[str]
+    never: list[str]  # phrases in which it means something else
     says: str
     page: str  # its stem, perhaps with a section
 
@@ -68,24 +71,25 @@ class Finder:
                 for spelling in entry.spellings:
                     for first in {spelling[0], spelling[0].upper()}:
                         self.entry[first + spelling[1:] + plural] = entry
+        self.entry |= {phrase: None for entry in entries for phrase in entry.never}
         longest_first = sorted(self.entry, key=len, reverse=True)
         words = "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in longest_first)
-        self.pattern = re.compile(rf"(?<![\w-])(?:{words})(?![\w-])")
+        self.pattern = re.compile(rf"(?<![\w.-])(?:{words})(?![\w(-])")
 
     def __call__(self, text: str):
         for match in self.pattern.finditer(text):
-            yield match, self.entry[" ".join(match[0].split())]
+            if entry := self.entry[" ".join(match[0].split())]:
+                yield match, entry
 
 
 def read(path: Path) -> list[Entry]:
     """The entries of the file, if it is there."""
-    if not path.exists():
-        return []
-    entries = yaml.safe_load(path.read_text("utf-8"))
-    for given in entries:
-        if NEEDED - set(given) or set(given) - NEEDED - ALLOWED:
-            raise ValueError(f"{path.name}: has {', '.join(given)}: {given.get('term', given)}")
-    return [Entry(**{"also": [], "forms": []} | given) for given in entries]
+    given = yaml.safe_load(path.read_text("utf-8")) if path.exists() else []
+    for entry in given:
+        if not NEEDED <= set(entry) <= NEEDED | ALLOWED:
+            name = entry.get("term", entry)
+            raise PluginError(f"{path.name}: {name!r} has {', '.join(entry)}")
+    return [Entry(**{"also": [], "forms": [], "never": []} | entry) for entry in given]
 
 
 def faults(entries: list[Entry], stems) -> list[str]:
@@ -111,7 +115,7 @@ def markdown(entries: list[Entry], titles: dict[str, str]) -> str:
         also = f" <small>{', '.join(entry.also)}</small>" if entry.also else ""
         address = entry.page.replace(entry.stem, f"../{entry.stem}.md", 1)
         link = f"[{titles[entry.stem]}]({address})"
-        lines.append(f"{entry.term}{also} {{ #{entry.anchor} }}\n")
+        lines.append(f"{entry.term}{also} {{ #{entry.anchor} }}")
         lines.append(f":   {entry.says} Explained in {link}.\n")
     return "\n".join(lines)
 
@@ -134,6 +138,8 @@ def marked(html: str, find: Finder, glossary: str) -> tuple[str, set[str]]:
 
     at = 0
     for token in TOKEN.finditer(html):
+        if REFERENCES.match(token[0]):  # the rest are titles
+            break
         text = html[at : token.start()]
         done += [mark(text) if prose and not skipping else text, token[0]]
         at, tag, step = token.end(), token["tag"], -1 if token["close"] else 1

@@ -82,8 +82,11 @@
     })
     const sum = (met) => met.reduce((total, weight, at) => total + weight * rarity[at], 0)
     for (const { result, page, met } of sections) {
-      const score = sum(met) + ELSEWHERE * sum(pages.get(page)) + NAME * named(result.ref, words, rarity)
-      result.score = score * boosts.get(result.ref)
+      const whole = pages.get(page)
+      const share = whole.filter((weight) => weight > 0).length / words.length
+      const name = NAME * named(result.ref, words, rarity)
+      const score = sum(met) + ELSEWHERE * sum(whole) + name
+      result.score = score * share * boosts.get(result.ref)
     }
     sections.sort((a, b) => b.result.score - a.result.score)
     const kept = new Map()
