@@ -188,40 +188,6 @@ def test_the_dark_mode_stays(tab, address, lesson):
     assert scheme() == after
 
 
-def search(tab, words: str) -> list[str]:
-    """The addresses of the results."""
-    box, results = tab.locator(".md-search__input"), tab.locator(".md-search-result__link")
-    box.click()
-    box.fill("")
-    box.press("End")  # the theme listens to keys
-    expect(results).to_have_count(0)
-    box.fill(words)
-    box.press("End")
-    expect(results.first).to_be_attached()
-    return [a.get_attribute("href") for a in results.all()]
-
-
-@pytest.mark.parametrize("scheme", ["http", "file"])
-def test_the_search_finds_names_and_their_parts(browser, site, address, scheme):
-    base = address if scheme == "http" else f"{site.as_uri()}/"
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    tab, troubles = watched(context, base)
-    tab.goto(base + "index.html")
-    for words, page in {
-        "RMSNorm": "layers/rmsnorm.html",
-        "rmsnorm": "layers/rmsnorm.html",
-        "UnitOffset": "layers/rmsnorm.html",
-        "q_proj": "attention/",
-        "repeat_interleave": "attention/gqa.html",
-        "scaled_dot_product_attention": "attention/gqa.html",
-        "dot_product": "attention/gqa.html",
-        "QueryAttention": "attention/gqa.html",
-    }.items():
-        assert any(page in found for found in search(tab, words)), words
-    context.close()
-    assert not troubles, "\n".join(troubles)
-
-
 def test_links_lead_on_from_disk(browser, site, pages):
     base = f"{site.as_uri()}/"
     context = browser.new_context(viewport={"width": 1280, "height": 900})

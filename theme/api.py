@@ -20,6 +20,7 @@ INDEX = "reference/api/index.md"  # the entry in the navigation that the topics 
 HEAD = """---
 title: API
 description: Every class and function of the modules, with shapes
+search: {boost: 0.3}
 ---
 
 # API
@@ -92,7 +93,7 @@ def index_page(root: Path, topics: dict[str, list[str]]) -> str:
 
 
 def topic_page(root: Path, topic: str, group: list[str], pages: dict[str, File]) -> str:
-    parts = [f"---\ntitle: {title(topic)}\n---\n\n# {title(topic)}\n"]
+    parts = [f"---\ntitle: {title(topic)}\nsearch: {{boost: 0.3}}\n---\n\n# {title(topic)}\n"]
     for module in group:
         name = f"snippets.{module.replace('/', '.')}"
         label = module.partition("/")[2]

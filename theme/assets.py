@@ -30,16 +30,24 @@ def on_files(files, config):
     for file in list(files):
         if UNUSED.fullmatch(file.src_uri) and file.src_dir != config.docs_dir:
             files.remove(file)
-    for pattern, old, count, new in CHANGES:
-        found = [file for file in files if fnmatch(file.src_uri, pattern)]
-        if not found:
-            log.warning(f"the theme has no {pattern}")
-        for file in found:
+    change(files, CHANGES)
+    return files
+
+
+def change(files, changes) -> None:
+    for pattern, old, count, new in changes:
+        for file in matching(files, pattern):
             text = file.content_string
             if text.count(old) != count:
                 log.warning(f"{file.src_uri} has {old!r} {text.count(old)} times, not {count}")
             file.content_string = text.replace(old, new)
-    return files
+
+
+def matching(files, pattern: str) -> list:
+    found = [file for file in files if fnmatch(file.src_uri, pattern)]
+    if not found:
+        log.warning(f"the theme has no {pattern}")
+    return found
 
 
 def on_page_content(html, page, config, files):

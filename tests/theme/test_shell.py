@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from tests.browser import watched
 from tests.site_build.test_serve import Server
-from theme import assets, csp, search, tables
+from theme import assets, csp, tables
 
 CDN = re.compile(
     r"unpkg|jsdelivr|cdnjs|cloudflare|googleapis|gstatic|googletagmanager|google-analytics"
@@ -213,34 +213,6 @@ def test_only_unused_files_of_the_theme_are_left_out():
     ours.src_dir = Config.docs_dir
     kept = assets.on_files([*files, ours], Config)
     assert [file.src_uri for file in kept] == ["assets/x.js", "assets/ours.map"]
-
-
-def test_names_are_found_by_their_parts():
-    def unseen(text):
-        return re.findall(r"<i hidden> (.*?)</i>", search.with_parts(text))
-
-    assert unseen("q_proj") == ["proj"]
-    assert unseen("RMSNorm") == ["norm"]
-    assert unseen("GroupedQueryAttention") == ["queryattention attention"]
-    assert unseen("a scaled_dot_product") == ["dot_product product"]
-    assert unseen("nn.RMSNorm(x), RMSNorm(y), LayerNorm") == ["norm"]  # once a section
-    for plain in ("plain words", "__init__", "<p>LLM</p>", "x_1", "A &lt; B"):
-        assert search.with_parts(plain) == plain
-
-
-def test_a_name_is_one_word_to_the_search(site):
-    index = json.loads((site / "search/search_index.json").read_text("utf-8"))
-    words = re.compile(index["config"]["separator"]).split(
-        "np.random.default_rng(0); q_proj=nn.RMSNorm(1.5) -&gt; key-value/head, F.sdpa[x_1]"
-    )
-    assert {"default_rng", "q_proj", "RMSNorm", "1.5", "key", "value", "sdpa", "x_1"} <= set(words)
-
-
-def test_outputs_stay_out_of_the_search(site, report):
-    index = json.loads((site / "search/search_index.json").read_text("utf-8"))
-    text = " ".join(section["text"] for section in index["docs"])
-    assert "Forty untrained blocks" in text and "def rms_normalize" in text
-    assert "after 16 blocks the typical size is " not in text
 
 
 @pytest.mark.parametrize("corner", ["<th></th>", '<th style="text-align: right;"> </th>'])
