@@ -9,17 +9,19 @@ import re
 import textwrap
 from pathlib import Path
 
+import yaml
 from mkdocs.structure.files import File
 from mkdocs.utils import meta
 
 from site_build.options import stems
 from theme import signatures
 
-INDEX = "reference/api/index.md"  # the entry in the navigation that the topics join
+FOLDER = "reference/api/"
+INDEX = f"{FOLDER}index.md"  # the entry in the navigation that the topics join
 
 HEAD = """---
 title: API
-description: Every class and function of the modules, with shapes
+description: Every class and function of the modules, with the shapes of their tensors
 ---
 
 # API
@@ -55,15 +57,30 @@ def with_topics(nav, topics: list[str]):
         return [with_topics(item, topics) for item in nav]
     if isinstance(nav, dict):
         return {title: with_topics(item, topics) for title, item in nav.items()}
-    return [INDEX, *map(address, topics)] if nav == INDEX else nav
+    return [INDEX, *({title(topic): address(topic)} for topic in topics)] if nav == INDEX else nav
 
 
 def address(topic: str) -> str:
     return INDEX.replace("index", topic)
 
 
+def topic_of(name: str) -> str:
+    """The topic of an API page; empty for the index, and for all other pages."""
+    found = re.fullmatch(rf"{FOLDER}(?!index)(\w+)\.md", name)
+    return found[1] if found else ""
+
+
 def title(topic: str) -> str:
     return topic.replace("_", " ").capitalize()
+
+
+def description(topic: str, group: list[str]) -> str:
+    """In at most 160 characters, so not always with all modules."""
+    text = f"Classes and functions of the {topic} modules, with the shapes of their tensors: "
+    names = [module.rpartition("/")[2] for module in group]
+    while len(text + ", ".join(names)) > 160:
+        names.pop()
+    return text + ", ".join(names)
 
 
 def summary(path: Path) -> str:
@@ -92,7 +109,8 @@ def index_page(root: Path, topics: dict[str, list[str]]) -> str:
 
 
 def topic_page(root: Path, topic: str, group: list[str], pages: dict[str, File]) -> str:
-    parts = [f"---\ntitle: {title(topic)}\n---\n\n# {title(topic)}\n"]
+    data = {"title": f"{title(topic)}: API", "description": description(topic, group)}
+    parts = [f"---\n{yaml.safe_dump(data, width=1000)}---\n\n# {title(topic)}\n"]
     for module in group:
         name = f"snippets.{module.replace('/', '.')}"
         label = module.partition("/")[2]
@@ -132,7 +150,7 @@ def on_files(files, config):
 
 def on_page_content(html, page, config, files):
     """Methods stay out of the table of contents: it lists classes and functions."""
-    if page.file.src_uri.startswith(INDEX.removesuffix("index.md")):
+    if page.file.src_uri.startswith(FOLDER):
         for module in page.toc:
             for topic in module.children:
                 for member in topic.children:
