@@ -8,6 +8,7 @@ import ast
 import re
 import textwrap
 from pathlib import Path
+from urllib.parse import urljoin
 
 import yaml
 from mkdocs.structure.files import File
@@ -108,16 +109,21 @@ def index_page(root: Path, topics: dict[str, list[str]]) -> str:
     return "\n".join(parts)
 
 
-def topic_page(root: Path, topic: str, group: list[str], pages: dict[str, File]) -> str:
+def topic_page(root: Path, topic: str, group: list[str], pages: dict[str, File], edit: str) -> str:
+    """`edit` begins the addresses where files are edited; empty where that's unknown."""
     data = {"title": f"{title(topic)}: API", "description": description(topic, group)}
     parts = [f"---\n{yaml.safe_dump(data, width=1000)}---\n\n# {title(topic)}\n"]
     for module in group:
         name = f"snippets.{module.replace('/', '.')}"
         label = module.partition("/")[2]
         parts.append(f'## `{name}` {{ #{name} .api-module data-toc-label="{label}" }}\n')
+        about = []
         if module in pages:
             page = pages[module]
-            parts.append(f"Taught and proved on [{heading(page)}](../../{page.src_uri}).\n")
+            about.append(f"Taught and proved on [{heading(page)}](../../{page.src_uri}).")
+        if edit:
+            about.append(f"[Edit this module]({edit}snippets/{module}.py).")
+        parts.append(f"{' '.join(about)}\n")
         parts.append(f"::: {name}\n")
         parts.append(folded(root / f"snippets/{module}.py", f"snippets/{module}.py"))
     return "\n".join(parts)
@@ -141,9 +147,12 @@ def on_files(files, config):
     root = Path(config.config_file_path).parent
     topics = in_order(modules(root), stems(config.nav))
     pages = {file.src_uri.rpartition(".")[0]: file for file in files.documentation_pages()}
+    edit = ""
+    if config.repo_url and config.edit_uri:
+        edit = urljoin(f"{config.repo_url.rstrip('/')}/", f"{config.edit_uri}../")
     files.append(File.generated(config, INDEX, content=index_page(root, topics)))
     for topic, group in topics.items():
-        content = topic_page(root, topic, group, pages)
+        content = topic_page(root, topic, group, pages, edit)
         files.append(File.generated(config, address(topic), content=content))
     return files
 

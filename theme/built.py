@@ -52,7 +52,7 @@ def facts(root: Path, engine, files) -> dict[str, str]:
     oracles = sorted({(proof["oracle"], proof["version"]) for proof in proofs})
     origin = engine.origin
     return {name: f"{count:,}" for name, count in counts.items()} | {
-        "oracles": ", ".join(f"{name}&nbsp;{version}" for name, version in oracles),
+        "oracles": ", ".join(f"{name}\N{NO-BREAK SPACE}{version}" for name, version in oracles),
         "commit": origin.described or "files that stand in no commit",
         "repository": f"[The repository]({origin.repo_url})" if origin.repo_url else "The source",
         "report": report(origin),

@@ -7,6 +7,7 @@ formulas and diagrams stay as they are.
 
 import re
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 
 FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<ticks>`{3,}|~{3,})(?P<info>[^`]*)$")
@@ -181,10 +182,15 @@ class Html(HTMLParser):
         self.write(data)
 
     def handle_entityref(self, name):
-        self.write(f"&{name};")
+        self.write_character(f"&{name};")
 
     def handle_charref(self, name):
-        self.write(f"&#{name};")
+        self.write_character(f"&#{name};")
+
+    def write_character(self, reference: str) -> None:
+        """As itself, unless a tag would begin with it."""
+        character = unescape(reference)
+        self.write(reference if character in "<>&" else character)
 
 
 def table(rows: list[list[str]]) -> str:

@@ -17,22 +17,21 @@ from theme.api import FOLDER
 from theme.plain import plain
 
 ELSEWHERE = re.compile(r"\w[\w+.-]*:|//|#")
-LISTING = re.compile(r"<!--[ ]*material/tags(?P<options>.*?)-->", re.DOTALL)
 LINKS = re.compile(r'(<p class="fp-links">.*?)(</p>)', re.DOTALL)
 FULL = "llms-full.txt"
 
 
 def on_env(env, config, files):
-    """All pages have their Markdown by now, and none is written yet."""
+    """All pages have their Markdown by now, their addresses too, and none is written yet."""
     pages = in_order([f.page for f in files.documentation_pages() if has_twin(f)])
     site, origin = Path(config.site_dir), config.plugins[PLUGIN].engine.origin
     lessons = []
     for page in pages:
         name = page.file.src_uri
-        text = LISTING.sub(lambda m: listing(m["options"], name, pages), page.markdown)
+        text = with_tags(page.markdown, name, config.plugins["material/tags"].listings)
         if "minutes" in page.meta:
             lesson = plain(text, leads(name, FULL, origin.site_url))
-            lessons.append(f"---\n\nPage: {address(page, origin)}\n\n{lesson}")
+            lessons.append(f"---\n\nPage: {address(page)}\n\n{lesson}")
         twin = f"{front_matter(page, origin)}\n{plain(text, leads(name, name, origin.site_url))}"
         write(site / name, twin)
         # As the engine does for one-file modules; assets/carry.js loads both.
@@ -72,13 +71,14 @@ def title(page) -> str:
     return str(page.meta.get("title") or page.title)
 
 
-def address(page, origin) -> str:
-    return origin.page_address(page.file.src_uri.removesuffix(".md"))
+def address(page) -> str:
+    """On the web; the name of the file where that isn't known."""
+    return page.canonical_url or page.file.dest_uri
 
 
 def front_matter(page, origin) -> str:
     facts = {"title": title(page), "description": page.meta.get("description")}
-    facts |= {"address": address(page, origin)}
+    facts |= {"address": address(page)}
     facts |= {"commit": f"{origin.commit} of {origin.date}" if origin.commit else None}
     known = {key: value for key, value in facts.items() if value}
     return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000)}---\n"
@@ -100,17 +100,17 @@ def leads(name: str, place: str, site_url: str) -> Callable[[str], str]:
     return link
 
 
-def listing(options: str, name: str, pages: list) -> str:
-    """What the tags plugin writes there: the pages of each tag."""
-    wanted = (yaml.safe_load(options) or {}).get("include")
-    tags = {str(tag) for page in pages for tag in page.meta.get("tags", [])}
-    parts = []
-    for tag in sorted(tags, key=str.lower):
-        if wanted is None or tag in wanted:
-            parts.append(f"\n## {tag}\n")
-            inside = [page for page in pages if tag in page.meta.get("tags", [])]
-            parts += [f"- [{title(p)}]({relative(p.file.src_uri, name)})" for p in inside]
-    return "\n".join(parts)
+def with_tags(text: str, name: str, listings) -> str:
+    """The text with the pages of each tag, where the tags plugin left a place for them."""
+    for listing in listings:
+        parts = []
+        for tree in listing:
+            pages = sorted((mapping.item for mapping in tree.mappings), key=title)
+            lines = [f"- [{title(page)}]({relative(page.file.src_uri, name)})" for page in pages]
+            parts.append("\n".join([f"## {tree.tag.name}\n", *lines]))
+        place = f"###### {listing.id}/name {{ #{listing.id}/slug }}"
+        text = text.replace(place, "\n\n".join(parts))
+    return text
 
 
 def relative(name: str, place: str) -> str:
