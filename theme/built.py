@@ -6,6 +6,7 @@ host of the repository reads too.
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -15,7 +16,7 @@ from site_build.options import PLUGIN
 from theme import api
 
 log = get_plugin_logger("built")
-MARK = re.compile(r"<!--[ ]*built:[ ]*(?P<name>[\w ]*?)[ ]*-->")
+MARK = re.compile(r"(?P<indent>^[ ]+)?<!--[ ]*built:[ ]*(?P<name>[\w ]*?)[ ]*-->", re.MULTILINE)
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -29,7 +30,7 @@ def on_page_markdown(markdown, page, config, files):
             names = ", ".join(known)
             log.warning(f"{page.file.src_uri}: built: {match['name']!r} is not one of {names}")
             return match[0]
-        return known[match["name"]]
+        return textwrap.indent(known[match["name"]], match["indent"] or "")
 
     return MARK.sub(fact, markdown)
 
@@ -54,7 +55,6 @@ def facts(root: Path, engine, files) -> dict[str, str]:
     return {name: f"{count:,}" for name, count in counts.items()} | {
         "oracles": ", ".join(f"{name}\N{NO-BREAK SPACE}{version}" for name, version in oracles),
         "commit": origin.described or "files that stand in no commit",
-        "repository": f"[The repository]({origin.repo_url})" if origin.repo_url else "The source",
         "report": report(origin),
         "bibtex": f"```bibtex\n{bibtex(root, origin)}\n```",
         "licence": f"```text\n{origin.licence.rstrip()}\n```",

@@ -1,6 +1,7 @@
 """Where pages stand, what they are called, and where their sources are edited."""
 
 import gzip
+import html
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,7 +18,7 @@ PAGE = (
 def test_every_page_has_a_title_and_a_description_of_its_own(site):
     titles, abouts = {}, {}
     for path in sorted(p for p in site.rglob("*.html") if p.name != "404.html"):
-        page = path.read_text("utf-8")
+        page = html.unescape(path.read_text("utf-8"))
         (title,) = re.findall(r"<title>(.*?)</title>", page)
         (about,) = re.findall(r'<meta name="description" content="(.*?)">', page)
         assert titles.setdefault(title, path) == path == abouts.setdefault(about, path)
@@ -97,7 +98,7 @@ def test_every_page_leads_to_its_source(shell, tmp_path):
     shell.page("a.md", "# A\n\n```python\nimport math\nassert math.pi\n```")
     cells = '{"cells": [{"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# N"}],'
     shell.page("n.ipynb", cells + '"metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
-    module(shell, "topic/thing")
+    module(shell, "layers/rmsnorm")
     code, output = shell.build(**WEB)
     assert code == 0, output
     base = "https://github.com/example/book"
@@ -107,12 +108,12 @@ def test_every_page_leads_to_its_source(shell, tmp_path):
         "index": "edit/main/site_src/index.md",
         "reference/tags": "edit/main/site_src/reference/tags.md",
         "reference/api/index": "tree/main/snippets",
-        "reference/api/topic": "tree/main/snippets/topic",
+        "reference/api/layers": "tree/main/snippets/layers",
     }.items():
         page = shell.html(f"{name}.html")
         assert re.findall(r'<a href="([^"]+)" rel="edit">', page) == [f"{base}/{where}"], name
-    assert f'href="{base}/edit/main/snippets/topic/thing.py"' in shell.html(
-        "reference/api/topic.html"
+    assert f'href="{base}/edit/main/snippets/layers/rmsnorm.py"' in shell.html(
+        "reference/api/layers.html"
     )
     foot = shell.html("a.html").partition('class="fp-foot"')[2]
     assert re.search(r"Something wrong here\?</a> · <a [^>]*>Edit this page</a></p>", foot)

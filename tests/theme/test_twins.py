@@ -63,7 +63,8 @@ def test_a_twin_has_nothing_of_this_generator(site):
 def test_a_twin_holds_code_outputs_formulas_and_figures(site):
     gqa = (site / "attention/gqa.md").read_text("utf-8")
     source = (ROOT / "snippets/attention/gqa.py").read_text("utf-8").rstrip()
-    assert f"`snippets/attention/gqa.py`\n\n```python\n{source}\n```" in gqa
+    shown = re.sub(r"\n{3,}", "\n\n", source)  # as on the page
+    assert f"`snippets/attention/gqa.py`\n\n```python\n{shown}\n```" in gqa
     assert "```text\nnumbers to cache per token, each head its own: 144\n" in gqa
     assert r"\operatorname{softmax}\!\left(\frac{Q_i K_j^\top}{\sqrt{k}} + M\right) V_j" in gqa
     figures = re.findall(r"(?<!!)\[Figure: [^\]]{20,}\]\(([^)]+\.png)\)", gqa)
@@ -84,7 +85,7 @@ def test_every_link_of_a_twin_leads_somewhere(site):
                 checked += 1
                 file = twin.parent / target.partition("#")[0]
                 assert file.is_file(), f"{twin.relative_to(site)}: {target}"
-    assert checked > 3000
+    assert checked > 2000
 
 
 def test_the_script_brings_the_same_text(site):
