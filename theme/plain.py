@@ -35,7 +35,8 @@ COMPLAINT = re.compile(r"(?: · )?\[[^\]]*\]\([^)\s]*/issues/new\?[^)]*\)")
 UNSEEN = {"script", "style", "svg", "template", "button", "select", "textarea", "noscript"}
 MARKS = {"strong": "**", "b": "**", "em": "*", "i": "*", "summary": "**", "code": "`"}
 TAGS = {
-    "a", "abbr", "article", "aside", "br", "caption", "cite", "dd", "del", "details", "div", "dl",
+    "a", "abbr", "audio", "canvas", "col", "colgroup", "data", "dfn", "dialog", "fieldset",
+    "iframe", "legend", "meter", "option", "picture", "progress", "samp", "source", "video", "article", "aside", "br", "caption", "cite", "dd", "del", "details", "div", "dl",
     "dt", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header",
     "hr", "img", "input", "ins", "kbd", "label", "li", "main", "mark", "nav", "ol", "output", "p",
     "pre", "q", "s", "section", "small", "span", "sub", "sup", "table", "tbody", "td", "tfoot",
