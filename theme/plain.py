@@ -35,12 +35,13 @@ COMPLAINT = re.compile(r"(?: · )?\[[^\]]*\]\([^)\s]*/issues/new\?[^)]*\)")
 UNSEEN = {"script", "style", "svg", "template", "button", "select", "textarea", "noscript"}
 MARKS = {"strong": "**", "b": "**", "em": "*", "i": "*", "summary": "**", "code": "`"}
 TAGS = {
-    "a", "abbr", "audio", "canvas", "col", "colgroup", "data", "dfn", "dialog", "fieldset",
-    "iframe", "legend", "meter", "option", "picture", "progress", "samp", "source", "video", "article", "aside", "br", "caption", "cite", "dd", "del", "details", "div", "dl",
-    "dt", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header",
-    "hr", "img", "input", "ins", "kbd", "label", "li", "main", "mark", "nav", "ol", "output", "p",
-    "pre", "q", "s", "section", "small", "span", "sub", "sup", "table", "tbody", "td", "tfoot",
-    "th", "thead", "time", "tr", "u", "ul", "var", *MARKS,
+    "a", "abbr", "article", "aside", "audio", "br", "canvas", "caption", "cite", "col", "colgroup",
+    "data", "dd", "del", "details", "dfn", "dialog", "div", "dl", "dt", "fieldset", "figcaption",
+    "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "iframe",
+    "img", "input", "ins", "kbd", "label", "legend", "li", "main", "mark", "meter", "nav", "ol",
+    "option", "output", "p", "picture", "pre", "progress", "q", "s", "samp", "section", "small",
+    "source", "span", "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "time", "tr",
+    "u", "ul", "var", "video", *MARKS,
 }  # fmt: skip
 
 
