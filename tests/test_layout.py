@@ -15,6 +15,7 @@ TOPICS = [
 WITHOUT_MODULE = {
     "reference/conventions",
     "reference/tags",
+    "reference/about",
     "reference/verification",
     "reference/your_checkpoint",
 }
