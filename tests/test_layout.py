@@ -16,6 +16,7 @@ WITHOUT_MODULE = {
     "reference/conventions",
     "reference/roadmap",
     "reference/tags",
+    "reference/about",
     "reference/verification",
     "reference/your_checkpoint",
 }

@@ -8,18 +8,21 @@ import ast
 import re
 import textwrap
 from pathlib import Path
+from urllib.parse import urljoin
 
+import yaml
 from mkdocs.structure.files import File
 from mkdocs.utils import meta
 
 from site_build.options import stems
 from theme import signatures
 
-INDEX = "reference/api/index.md"  # the entry in the navigation that the topics join
+FOLDER = "reference/api/"
+INDEX = f"{FOLDER}index.md"  # the entry in the navigation that the topics join
 
 HEAD = """---
 title: API
-description: Every class and function of the modules, with shapes
+description: Every class and function of the modules, with the shapes of their tensors
 search: {boost: 0.3}
 ---
 
@@ -56,15 +59,30 @@ def with_topics(nav, topics: list[str]):
         return [with_topics(item, topics) for item in nav]
     if isinstance(nav, dict):
         return {title: with_topics(item, topics) for title, item in nav.items()}
-    return [INDEX, *map(address, topics)] if nav == INDEX else nav
+    return [INDEX, *({title(topic): address(topic)} for topic in topics)] if nav == INDEX else nav
 
 
 def address(topic: str) -> str:
     return INDEX.replace("index", topic)
 
 
+def topic_of(name: str) -> str:
+    """The topic of an API page; empty for the index, and for all other pages."""
+    found = re.fullmatch(rf"{FOLDER}(?!index)(\w+)\.md", name)
+    return found[1] if found else ""
+
+
 def title(topic: str) -> str:
     return topic.replace("_", " ").capitalize()
+
+
+def description(topic: str, group: list[str]) -> str:
+    """In at most 160 characters, so not always with all modules."""
+    text = f"Classes and functions of the {topic} modules, with the shapes of their tensors: "
+    names = [module.rpartition("/")[2] for module in group]
+    while len(text + ", ".join(names)) > 160:
+        names.pop()
+    return text + ", ".join(names)
 
 
 def summary(path: Path) -> str:
@@ -92,15 +110,22 @@ def index_page(root: Path, topics: dict[str, list[str]]) -> str:
     return "\n".join(parts)
 
 
-def topic_page(root: Path, topic: str, group: list[str], pages: dict[str, File]) -> str:
-    parts = [f"---\ntitle: {title(topic)}\nsearch: {{boost: 0.3}}\n---\n\n# {title(topic)}\n"]
+def topic_page(root: Path, topic: str, group: list[str], pages: dict[str, File], edit: str) -> str:
+    """`edit` begins the addresses where files are edited; empty where that's unknown."""
+    data = {"title": f"{title(topic)}: API", "description": description(topic, group)}
+    data["search"] = {"boost": 0.3}
+    parts = [f"---\n{yaml.safe_dump(data, width=1000)}---\n\n# {title(topic)}\n"]
     for module in group:
         name = f"snippets.{module.replace('/', '.')}"
         label = module.partition("/")[2]
         parts.append(f'## `{name}` {{ #{name} .api-module data-toc-label="{label}" }}\n')
+        about = []
         if module in pages:
             page = pages[module]
-            parts.append(f"Taught and proved on [{heading(page)}](../../{page.src_uri}).\n")
+            about.append(f"Taught and proved on [{heading(page)}](../../{page.src_uri}).")
+        if edit:
+            about.append(f"[Edit this module]({edit}snippets/{module}.py).")
+        parts.append(f"{' '.join(about)}\n")
         parts.append(f"::: {name}\n")
         parts.append(folded(root / f"snippets/{module}.py", f"snippets/{module}.py"))
     return "\n".join(parts)
@@ -124,16 +149,19 @@ def on_files(files, config):
     root = Path(config.config_file_path).parent
     topics = in_order(modules(root), stems(config.nav))
     pages = {file.src_uri.rpartition(".")[0]: file for file in files.documentation_pages()}
+    edit = ""
+    if config.repo_url and config.edit_uri:
+        edit = urljoin(f"{config.repo_url.rstrip('/')}/", f"{config.edit_uri}../")
     files.append(File.generated(config, INDEX, content=index_page(root, topics)))
     for topic, group in topics.items():
-        content = topic_page(root, topic, group, pages)
+        content = topic_page(root, topic, group, pages, edit)
         files.append(File.generated(config, address(topic), content=content))
     return files
 
 
 def on_page_content(html, page, config, files):
     """Methods stay out of the table of contents: it lists classes and functions."""
-    if page.file.src_uri.startswith(INDEX.removesuffix("index.md")):
+    if page.file.src_uri.startswith(FOLDER):
         for module in page.toc:
             for topic in module.children:
                 for member in topic.children:

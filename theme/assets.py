@@ -20,6 +20,8 @@ CHANGES = [
     (SCRIPT, "https://unpkg.com/mermaid@11/dist/mermaid.min.js", 1, NOWHERE),
     (SCRIPT, "https://unpkg.com/resize-observer-polyfill", 1, NOWHERE),
     (SCRIPT, "https://api.github.com/", 2, NOWHERE),
+    # Languages, of which it asks for a sitemap; a page's Markdown is an alternate too.
+    (SCRIPT, '"link[rel=alternate]"', 1, '"link[rel=alternate][hreflang]"'),
     *((file, "# sourceMappingURL=", 1, " no source map: ") for file in (SCRIPT, WORKER)),
 ]
 # Source maps, and search in languages other than English: 2.3 MB that no page loads.

@@ -1,6 +1,12 @@
-// A button beside each link to a one-file module, which copies that file. The text comes by a
-// script of the same name, since a page opened without a server can't fetch.
+// A button beside each link to a one-file module and to the page's Markdown, which copies that
+// file. The text comes by a script of the same name, since a page opened without a server can't
+// fetch.
 (() => {
+  const KINDS = {
+    "one-file": ["copy-file", "Copy one file"],
+    twin: ["copy-page", "Copy page as Markdown"],
+  };
+
   const load = (address) =>
     new Promise((resolve, reject) => {
       const script = document.createElement("script");
@@ -25,16 +31,17 @@
     }
   };
 
-  for (const link of document.querySelectorAll("a.one-file")) {
+  for (const link of document.querySelectorAll("a.one-file, a.twin")) {
+    const [name, label] = KINDS[link.classList.contains("twin") ? "twin" : "one-file"];
     const button = document.createElement("button");
     button.type = "button";
-    button.className = "copy-file";
-    button.textContent = "Copy one file";
+    button.className = name;
+    button.textContent = label;
     const said = document.createElement("span");
     said.setAttribute("role", "status");
     let text;
     const prepare = () => {
-      text ??= load(link.href.replace(/\.py$/, ".js"));
+      text ??= load(link.href.replace(/\.(py|md)$/, ".js"));
       return text;
     };
     // Early, because a browser lets a page copy only for a moment after a click.

@@ -118,8 +118,8 @@ def test_topics_follow_the_navigation(tmp_path):
     topics = api.in_order(api.modules(tmp_path), stems(nav))
     assert topics == {"b": ["b/two", "b/one"], "a": ["a/x"], "common": ["common/proof"]}
     added = api.with_topics([*nav, {"API": api.INDEX}], list(topics))
-    pages = [f"reference/api/{name}.md" for name in ("index", "b", "a", "common")]
-    assert added == [*nav, {"API": pages}]
+    pages = {name.capitalize(): f"reference/api/{name}.md" for name in ("b", "a", "common")}
+    assert added == [*nav, {"API": [api.INDEX, *({k: v} for k, v in pages.items())]}]
 
 
 def test_fields_of_a_configuration_are_shown_but_not_a_modules_parts(tmp_path):
