@@ -23,7 +23,7 @@ SIZES = dict(
     num_attention_heads=6,
 )
 GROUPED = SIZES | {"num_key_value_heads": 2}
-MOE = {"moe_intermediate_size": 20, "num_experts_per_tok": 3}
+MOE = {"moe_intermediate_size": 24, "num_experts_per_tok": 3}
 LATENT = SIZES | MOE | {"kv_lora_rank": 18, "qk_nope_head_dim": 10, "qk_rope_head_dim": 4}
 LATENT |= {"v_head_dim": 7, "n_routed_experts": 8, "first_k_dense_replace": 1}
 MODELS = {
@@ -64,7 +64,7 @@ MODELS = {
         Gemma3Config(**GROUPED, sliding_window=9, sliding_window_pattern=2),
     ),
     "DeepSeek-V2": (
-        DeepseekV2, DeepseekV2Config(**LATENT, q_lora_rank=24, moe_layer_freq=2),
+        DeepseekV2, DeepseekV2Config(**LATENT, q_lora_rank=22, moe_layer_freq=2),
     ),
     "DeepSeek-V2, direct queries": (DeepseekV2, DeepseekV2Config(**LATENT, q_lora_rank=None)),
     "DeepSeek-V2, biases": (DeepseekV2, DeepseekV2Config(**LATENT, attention_bias=True)),
