@@ -147,17 +147,35 @@ def roofline(
     }
 
 
-def answer_seconds(shape: ModelShape, *, prompt: int, answer: int, **about) -> dict[str, float]:
+def answer_seconds(
+    shape: ModelShape,
+    *,
+    prompt: int,
+    answer: int,
+    batch: int,
+    weight_bits: int,
+    cache_bits: int,
+    chips: int,
+    peak: float,
+    bandwidth: float,
+) -> dict[str, float]:
     """Seconds until the first token, and for all later ones, each a pass of its own.
+
+    The other arguments are those of `roofline`.
 
     Args:
         shape: the model.
         prompt: tokens.
         answer: tokens to write; the first comes with the prompt's pass.
-        about: batch, bits and chips, as `roofline` takes them.
     """
-    first = roofline(shape, new=prompt, past=0, **about)["seconds"]
-    later = 0.0
+
+    def one(new: int, past: int) -> float:
+        return roofline(
+            shape, new=new, past=past, batch=batch, weight_bits=weight_bits,
+            cache_bits=cache_bits, chips=chips, peak=peak, bandwidth=bandwidth,
+        )["seconds"]  # fmt: skip
+
+    first, later = one(prompt, 0), 0.0
     for number in range(1, answer):
-        later = later + roofline(shape, new=1, past=prompt + number - 1, **about)["seconds"]
+        later = later + one(1, prompt + number - 1)
     return {"first": first, "later": later, "total": first + later}
