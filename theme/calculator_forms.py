@@ -125,6 +125,7 @@ TITLES = {
     "speed": "Prefill and decode",
 }
 OWN = "Own sizes"
+LONG = 18  # letters of a choice that takes two columns
 
 
 # As HTML
@@ -148,7 +149,9 @@ def control(form: str, field: Field) -> str:
         unit = f'<span class="calc-unit" id="{key}-unit">{field.unit}</span>' if field.unit else ""
         limits = f'value="{field.default}" min="{field.low}" max="{field.high}" step="1"'
         inner = f'<input type="number" inputmode="numeric" required {limits} {name}{about}>{unit}'
-    return f'<div class="calc-field">{label}{inner}{error(key)}</div>'
+    long = isinstance(field, Choice) and max(map(len, field.options.values())) > LONG
+    kind = "calc-field calc-long" if long else "calc-field"
+    return f'<div class="{kind}">{label}{inner}{error(key)}</div>'
 
 
 def error(key: str) -> str:
@@ -197,7 +200,7 @@ def chip_fields(chips: list[dict]) -> str:
         )
     ).replace('step="1"', 'step="any"')
     return (
-        '<div class="calc-field"><label for="calc-speed-chip">Chip</label>'
+        '<div class="calc-field calc-long"><label for="calc-speed-chip">Chip</label>'
         f'<select id="calc-speed-chip" name="chip">{options}</select></div>'
         f"{own}"
     )

@@ -42,7 +42,7 @@
     const cells = (row, tag) =>
       row.map((cell, at) =>
         at ? `<${tag} class="calc-number">${escaped(cell)}</${tag}>`
-          : `<th scope="${tag === "th" ? "col" : "row"}">${escaped(cell)}</th>`,
+          : cell ? `<th scope="${tag === "th" ? "col" : "row"}">${escaped(cell)}</th>` : "<td></td>",
       ).join("")
     const body = rows.map((row) => `<tr>${cells(row, "td")}</tr>`).join("")
     return `<div class="calc-scroll" tabindex="0" role="group" aria-label="Table"><table
@@ -119,8 +119,8 @@
   /* Plots: lines and bars in the page's colours; each has its table. */
 
   const TALL = 300
-  function frame(width, label, inner) {
-    return `<svg viewBox="0 0 ${width} ${TALL}" width="${width}" height="${TALL}" role="img"
+  function frame(width, label, inner, tall = TALL) {
+    return `<svg viewBox="0 0 ${width} ${tall}" width="${width}" height="${tall}" role="img"
       aria-label="${escaped(label)}">${inner}</svg>`
   }
   const log = Math.log10
@@ -148,7 +148,7 @@
 
   function lines(width, label, xs, series, { x: nameX, y: nameY, sayX, sayY, mark }) {
     const values = series.flatMap((s) => s.ys).filter((y) => y > 0)
-    const [left, right, top, bottom] = [68, width - 12, 12, TALL - 40]
+    const [left, right, top, bottom] = [68, width - 20, 12, TALL - 40]
     const x = axis(xs[0], xs.at(-1), left, right)
     const low = Math.min(...values), high = Math.max(...values)
     const y = axis(low / 1.3, high * 1.3, bottom, top)
@@ -173,7 +173,7 @@
   function bars(width, label, names, rows, say) {
     const [left, right, top] = [width < 480 ? 70 : 96, width - 12, 14]
     const most = Math.max(...rows.map((row) => row.parts.reduce((a, b) => a + b, 0)))
-    const tall = (TALL - 60) / rows.length
+    const tall = 62
     const inner = rows.map((row, at) => {
       let from = left
       const y = top + at * tall
@@ -189,15 +189,16 @@
       return text(left - 6, y + tall / 2 + 6, row.name, "end", row.chosen ? "calc-chosen" : "") +
         text(left, y + 10, say(total), "start", row.chosen ? "calc-chosen" : "") + cells.join("")
     })
-    inner.push(rule(left, top, left, TALL - 46, "calc-axis"))
-    return frame(width, label, inner.join("")) + patches(names)
+    const end = top + tall * rows.length
+    inner.push(rule(left, top + 14, left, end - 12, "calc-axis"))
+    return frame(width, label, inner.join(""), end) + patches(names)
   }
 
   /* The calculators: each gives a headline, a table, a plot and the plot's numbers. */
 
   const ATTENTIONS = {
-    MHA: "multi-head", GQA: "one key-value head for eight", MQA: "multi-query",
-    MLA: "latent, 512 + 64", window: "window of 4,096",
+    MHA: "multi-head", GQA: "a key-value head for eight", MQA: "multi-query",
+    MLA: "a latent of 512 + 64", window: "windows of 4,096",
   }
   const TOO_LARGE = "is too large: a result above 9 PB can't be counted to the byte"
 
@@ -221,7 +222,7 @@
         row("Cache", found.bytes),
         row("Layers that see everything", found["full layers"]),
         row("Layers with a window", found["windowed layers"]),
-        ...others.map((s) => row(`If attention were ${s.name}`, s.of(about.context))),
+        ...others.map((s) => row(`With ${s.name}`, s.of(about.context))),
         row("Weights in 16 bits, for comparison", weights),
       ]),
       plot: (width) => lines(width, `Bytes of the cache against context, for ${name} and for the same model with other kinds of attention`, xs, series, {
@@ -334,7 +335,8 @@
         const dot = p.kind === "prompt"
           ? `<rect x="${(at[0] - 5).toFixed(1)}" y="${(at[1] - 5).toFixed(1)}" width="10" height="10" class="calc-dot calc-1"/>`
           : `<circle cx="${at[0].toFixed(1)}" cy="${at[1].toFixed(1)}" r="4" class="calc-dot calc-2"/>`
-        return dot + (free ? text(at[0] + 4, at[1] + 18, p.name, "start") : "")
+        const side = at[0] > right - 50 ? "end" : "start"
+        return dot + (free ? text(at[0] + (side === "end" ? 0 : 4), at[1] + 18, p.name, side) : "")
       }),
     ]
     const key = `<ul class="calc-legend"><li><svg width="26" height="10" aria-hidden="true"><line x1="0" y1="5" x2="26" y2="5" class="calc-line calc-0"/></svg>roof</li>
