@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 TOPICS = [
     "foundations", "tokenizers", "layers", "position", "attention", "moe", "models", "multimodal",
     "peft", "quantization", "alignment", "distributed", "inference", "applications", "projects",
+    "reference",
 ]  # fmt: skip
 # Pages that teach without a module of their own.
 WITHOUT_MODULE = {
@@ -21,8 +22,12 @@ WITHOUT_MODULE = {
     "reference/your_checkpoint",
 }
 GENERATED = {"reference/api/index"}  # by theme/api.py, with the pages below it
-# Of a page that has two: the same formula for another machine.
-SECOND_FILES = {"attention/flash_attention_triton": "attention/flash_attention"}
+# Of a page that has several: the same formula for another machine, or the next question.
+SECOND_FILES = {
+    "attention/flash_attention_triton": "attention/flash_attention",
+    "reference/training_memory": "reference/calculators",
+    "reference/roofline": "reference/calculators",
+}
 ALLOWED = {
     "torch", "jaxtyping", "snippets", "collections", "dataclasses", "functools", "math", "pathlib",
     "typing", "warnings",

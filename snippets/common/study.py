@@ -4,6 +4,7 @@ The build gathers the lines of all pages; nothing of them is typed.
 """
 
 import copy
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def study(name: str, model: nn.Module) -> None:
     """
     if any(weight.device.type != "meta" for weight in model.parameters()):
         raise ValueError(f"{name} isn't on the meta device")
+    kept = cache_bytes(model)
     facts = {
         "layers": layers(model),
         "width": first(model, "hidden_size", "n_embd"),
@@ -38,11 +40,24 @@ def study(name: str, model: nn.Module) -> None:
         "experts": experts(model),
         "window": window(model),
         "parameters": parameters(model),
-        "cache a token": f"{cache_bytes(model) / 1024:.1f} KiB",
+        "cache a token": f"{kept / 1024:.1f} KiB",
     }
     facts = {key: str(value) for key, value in facts.items()}
     show(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}",
-         {"study": name, "facts": facts})  # fmt: skip
+         {"study": name, "facts": facts, "counted": counted(model, kept)})  # fmt: skip
+
+
+def counted(model: nn.Module, kept: float) -> dict[str, Any]:
+    """The config as config.json has it, and what was counted, for the calculators to meet."""
+    total, active = counts(model)
+    kinds = getattr(model, "model_types", None) or (type(model).__name__.lower(),)
+    return {
+        "config": {"model_type": kinds[0]} | asdict(model.config),
+        "parameters": total,
+        "active": active,
+        "context": CONTEXT,
+        "cache bytes": round(kept * CONTEXT),
+    }
 
 
 def seeing_study(
@@ -150,14 +165,20 @@ def window(model: nn.Module) -> str:
 
 
 def parameters(model: nn.Module) -> str:
-    """All of them, and those that one token touches; embedding and head are in both."""
+    """All of them, and those that one token touches, in words."""
+    total, active = counts(model)
+    return billions(total) + (f", {billions(active)} active" if active < total else "")
+
+
+def counts(model: nn.Module) -> tuple[int, int]:
+    """All parameters, and those that one token touches; embedding and head are in both."""
     named = list(model.named_parameters())
     total, idle = sum(weight.numel() for _, weight in named), 0
     for name, weight in named:
         if ".experts." in name:  # a stack, one matrix for each expert
             chosen = model.config.num_experts_per_tok
             idle += weight.numel() // len(weight) * (len(weight) - chosen)
-    return billions(total) + (f", {billions(total - idle)} active" if idle else "")
+    return total, total - idle
 
 
 @torch.no_grad()

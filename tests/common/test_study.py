@@ -1,9 +1,11 @@
 """The table of models: what a line says of a config, counted by hand."""
 
+import json
+
 import pytest
 import torch
 
-from snippets.common.study import CONTEXT, cache_bytes, seeing_study, study
+from snippets.common.study import CONTEXT, cache_bytes, counted, seeing_study, study
 from snippets.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from snippets.models.gemma3 import Gemma3, Gemma3Config
 from snippets.models.gpt2 import GPT2, GPT2Config
@@ -49,6 +51,16 @@ def test_the_cache_is_the_models_own():
     latent = on_meta(DeepseekV3, DeepseekV3Config(**SIZES, n_routed_experts=16))
     assert cache_bytes(latent) == 2 * 4 * (512 + 64)
     assert cache_bytes(latent.bfloat16()) == 2 * 4 * (512 + 64)
+
+
+def test_what_the_calculators_have_to_meet():
+    model = on_meta(Mixtral, MixtralConfig(**SIZES, num_key_value_heads=2, sliding_window=9))
+    found = counted(model, 24.0)
+    assert found["config"]["model_type"] == "mixtral" and found["config"]["sliding_window"] == 9
+    assert found["parameters"] - found["active"] == 4 * 6 * 3 * 240 * 4000  # six idle experts
+    assert (found["context"], found["cache bytes"]) == (CONTEXT, 24 * CONTEXT)
+    assert json.loads(json.dumps(found)) == found
+    assert counted(on_meta(GPT2, GPT2Config()), 1.0)["config"]["model_type"] == "gpt2"
 
 
 def test_other_families(capsys):
