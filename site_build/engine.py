@@ -163,6 +163,8 @@ class Engine:
             self.preparing = pool.submit(self.prepare)
             pool.shutdown(wait=False)
         if self.preparing:
+            if not wait([self.preparing], 1.0).done:
+                self.warm_up()  # it takes its time, in which the pages' processes start
             patience = None if seconds is None else max(1.0, seconds)
             if not wait([self.preparing], patience).done:
                 self.log("preparing " + ", ".join(self.options.prepare))
