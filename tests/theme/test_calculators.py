@@ -179,6 +179,21 @@ def test_the_script_reads_configs_as_python_does(script, name):
     assert script.evaluate("c => calculators.shapeOf(c)", config) == asdict(shape_of(config))
 
 
+@pytest.mark.parametrize("kind, left_out", [
+    ("gemma3_text", ["vocab_size", "num_attention_heads", "num_key_value_heads"]),
+    ("llama", ["num_key_value_heads"]),
+    ("qwen3", ["num_key_value_heads"]),
+    ("mistral", ["sliding_window"]),
+])  # fmt: skip
+def test_the_script_knows_the_same_defaults(script, kind, left_out):
+    config = {"vocab_size": 101, "model_type": kind, "max_window_layers": 1} | GROUPED
+    config = {key: value for key, value in config.items() if key not in left_out}
+    read = "c => calculators.shapeOf(c)"
+    assert script.evaluate(read, config) == asdict(shape_of(config))
+    inside = {"model_type": kind, "text_config": config}
+    assert script.evaluate(read, inside) == asdict(shape_of(inside))
+
+
 def test_the_script_refuses_configs_with_pythons_words(script):
     read = "c => { try { calculators.shapeOf(c); return '' } catch (e) { return e.message } }"
     gone = {k: v for k, v in LLAMA.items() if k != "hidden_size"}
@@ -364,6 +379,7 @@ def test_a_wrong_value_is_answered_in_words_beside_its_field(tab, value, said):
     field.fill(value)
     error = tab.locator("#calc-cache-context-error")
     expect(error).to_have_text(said)
+    expect(error).to_be_visible()
     assert field.get_attribute("aria-invalid") == "true"
     assert "calc-cache-context-error" in field.get_attribute("aria-describedby")
     expect(headline(tab, "cache")).to_contain_text("Not calculated")
