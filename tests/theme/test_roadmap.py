@@ -15,7 +15,7 @@ from tests.browser import watched
 from theme import layered, lessons, picture, roadmap
 
 ROOT = Path(__file__).parents[2]
-CELL = "```python\nx = 1\nassert x == 1\n```\n"
+CELL = "```python\nimport math\nassert math.pi > 3\n```\n"
 META = {"title": "A", "minutes": 1, "prerequisites": [], "able": ["do it"]}
 WORDS = "word " * 180
 KEY = "forward-pass.read"
