@@ -14,6 +14,7 @@ TOPICS = [
 # Pages that teach without a module of their own.
 WITHOUT_MODULE = {
     "reference/conventions",
+    "reference/papers",
     "reference/tags",
     "reference/verification",
     "reference/your_checkpoint",
