@@ -16,6 +16,7 @@ TOPICS = [
 WITHOUT_MODULE = {
     "reference/conventions",
     "reference/roadmap",
+    "reference/papers",
     "reference/tags",
     "reference/about",
     "reference/verification",

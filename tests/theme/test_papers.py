@@ -13,6 +13,7 @@ from mkdocs.config import load_config
 from playwright.sync_api import expect
 
 from tests.browser import watched
+from tests.test_browser import AXE, RULES, RUN_AXE
 from theme import paper_index, papers
 
 ROOT = Path(__file__).parents[2]
@@ -325,8 +326,10 @@ def test_a_citation_shows_its_paper_and_a_phone_gets_a_list(browser, address):
     tab.goto(address + "models/gpt2.html")
     cite = tab.get_by_role("link", name="Paper 1: GPT-2, 2019")
     cite.focus()
-    tip = tab.get_by_role("tooltip").or_(tab.locator(".md-tooltip2--active"))
-    expect(tip.first).to_contain_text("Language Models are Unsupervised Multitask Learners")
+    box = tab.get_by_role("dialog", name="Paper")
+    expect(box).to_contain_text("Language Models are Unsupervised Multitask Learners")
+    tab.evaluate(AXE)
+    assert tab.evaluate(RUN_AXE, [RULES, []]) == []  # with the box open
     tab.keyboard.press("Enter")
     assert tab.url.endswith("#fn:radford2019")
     tab.get_by_label("Back to the text", exact=True).first.press("Enter")
