@@ -60,6 +60,7 @@
   }
   says.addEventListener("pointerenter", () => clearTimeout(timer))
   says.addEventListener("pointerleave", () => later(hide))
+  says.addEventListener("click", hide)
   addEventListener("keydown", (event) => {
     if (event.key === "Escape") hide()
   })
