@@ -8,7 +8,7 @@ forkserver.py   runs pages in forked children (Linux)
 kernels.py      runs pages in Jupyter kernels (anywhere)
 shell.py        runs one page's cells inside such a child
 recorder.py     inside the page's process: what it used, asserted and warned about
-figures.py      where figures show images
+figures.py      where figures show images, and smaller files of the others
 assertions.py   which assertions count
 matplotlibrc    the look of the figures
 outputs.py      outputs without what differs between machines and runs

@@ -136,7 +136,7 @@ def render_figure(output: dict, cell: Cell, page: Page, site: Site) -> list[str]
 def png_size(raw: bytes) -> tuple[int, int]:
     """In CSS pixels: a file that states its dots an inch is shown at 100 of them."""
     width, height = struct.unpack(">II", raw[16:24])
-    stated = raw.find(b"pHYs", 0, 200)
+    stated = raw.find(b"pHYs", 0, raw.find(b"IDAT"))
     dots_a_metre = struct.unpack(">I", raw[stated + 4 : stated + 8])[0] if stated > 0 else 0
     scale = max(1, dots_a_metre * 0.0254 / 100)
     return round(width / scale), round(height / scale)

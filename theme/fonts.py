@@ -1,8 +1,8 @@
 """The site's fonts: small, and there before the text is drawn.
 
-`python -m theme.fonts` makes them from what Fontsource publishes: the glyphs of Western European
-languages, only the weights that the styles ask for. It wants Brotli, which nothing else here does:
-`pip install brotli==1.1.0`.
+`python -m theme.fonts` makes them from what Fontsource and KaTeX publish: the glyphs of Western
+European languages, only the weights that the styles ask for, and of KaTeX's largest font only the
+letters of sets. It wants Brotli, which nothing else here does: `pip install brotli==1.1.0`.
 
 As a MkDocs hook this file has each page ask for its fonts at once. A font that still comes late is
 left for the next page (`font-display: optional`): nothing moves under a reader's eyes.
@@ -22,14 +22,25 @@ MONO = (
     "sha512-F32xpS2NsGYoQi2ADSkKTgpJj7ozajsGgDJ8woTnqjmIB+dxDI"
     "qImjl4pXZVEExu8UFZ2ndhmX18EBS/hdz3Lw==",
 )
-# file, package, weights, features of its layout
+KATEX = (
+    "katex@0.19.1",
+    "sha512-jG8uKntjSEcm2EpQOh0XturpPuuC9r3Sq5HLHdsFdWZT"
+    "27E672SF19QEi+of0/YeOy15lDgRhKvr5614uRrEfA==",
+)
+WORDS = [*range(0x20, 0x7F), *range(0xA0, 0x100), *map(ord, "ıŒœ–—‘’‚“”„†•…′″−€™")]
+# The signs of KaTeX's largest font that formulas may use: of its 28 KB the letters of sets are 4.
+AMS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# file below assets: package, file in it, its glyphs (None is all), weights, features of its layout
 FONTS = {
-    "inter-latin-wght-normal": (INTER, (400, 700), ["kern", "tnum", "ccmp", "mark"]),
-    "inter-latin-wght-italic": (INTER, 400, ["kern", "ccmp", "mark"]),
-    "jetbrains-mono-latin-wght-normal": (MONO, (400, 700), ["ccmp"]),
-}
-GLYPHS = [*range(0x20, 0x7F), *range(0xA0, 0x100)]
-GLYPHS += map(ord, "ıŒœ–—‘’‚“”„†•…′″−€™")
+    "fonts/inter-latin-wght-normal": (
+        INTER, "files", WORDS, (400, 700), ["kern", "tnum", "ccmp", "mark"],
+    ),
+    "fonts/inter-latin-wght-italic": (INTER, "files", WORDS, 400, ["kern", "ccmp", "mark"]),
+    "fonts/jetbrains-mono-latin-wght-normal": (MONO, "files", WORDS, (400, 700), ["ccmp"]),
+    "katex/fonts/KaTeX_AMS-Regular": (KATEX, "dist/fonts", [*map(ord, AMS)], None, []),
+    "katex/fonts/KaTeX_Main-Regular": (KATEX, "dist/fonts", None, None, ["*"]),
+    "katex/fonts/KaTeX_Math-Italic": (KATEX, "dist/fonts", None, None, ["*"]),
+}  # fmt: skip
 
 STYLE = re.compile(r'<link rel="stylesheet" href="(?P<assets>[^"]*)type\.css[^"]*">')
 # What stands at the head of a page, and what has to be there for that.
@@ -54,7 +65,7 @@ def on_post_page(output: str, page, config) -> str:
     return STYLE.sub(with_fonts, output, count=1)
 
 
-def smaller(font: bytes, weights: int | tuple[int, int], features: list[str]) -> bytes:
+def smaller(font: bytes, glyphs: list[int] | None, weights, features: list[str]) -> bytes:
     from fontTools.subset import Options, Subsetter
     from fontTools.ttLib import TTFont
     from fontTools.varLib.instancer import instantiateVariableFont
@@ -64,9 +75,10 @@ def smaller(font: bytes, weights: int | tuple[int, int], features: list[str]) ->
     options.hinting = False
     options.notdef_outline = True
     subsetter, file = Subsetter(options), TTFont(BytesIO(font))
-    subsetter.populate(unicodes=GLYPHS)
+    subsetter.populate(unicodes=glyphs or file.getBestCmap())
     subsetter.subset(file)
-    file = instantiateVariableFont(file, {"wght": weights})
+    if weights:
+        file = instantiateVariableFont(file, {"wght": weights})
     file.flavor = "woff2"
     file.save(made := BytesIO())
     return made.getvalue()
@@ -75,11 +87,12 @@ def smaller(font: bytes, weights: int | tuple[int, int], features: list[str]) ->
 def main() -> None:
     from theme import npm
 
-    for name, (package, weights, features) in FONTS.items():
-        (font,) = npm.read(*package, [f"files/{name}.woff2"], Path("build"))
-        data = smaller(font, weights, features)
-        Path(f"site_src/assets/fonts/{name}.woff2").write_bytes(data)
-        print(f"{name}: {len(font):,} bytes, now {len(data):,}")
+    for path, (package, folder, *wanted) in FONTS.items():
+        name = f"{folder}/{path.rpartition('/')[2]}.woff2"
+        (font,) = npm.read(*package, [name], Path("build"))
+        data = smaller(font, *wanted)
+        Path(f"site_src/assets/{path}.woff2").write_bytes(data)
+        print(f"{path}: {len(font):,} bytes, now {len(data):,}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,13 @@ for (const label of menus) {
     label.click()
   })
 }
+// Into a level and back: the focus goes along, or it would stay where nothing is seen any more.
+for (const level of document.querySelectorAll(".md-nav__toggle")) {
+  level.addEventListener("change", () => {
+    const kind = level.checked ? "md-nav__title" : "md-nav__link"
+    if (small.matches) document.querySelector(`.${kind}[for="${level.id}"]`)?.focus()
+  })
+}
 drawer.addEventListener("change", () => {
   if (!drawer.checked) return
   const seen = (link) => link.offsetWidth && getComputedStyle(link).visibility === "visible"

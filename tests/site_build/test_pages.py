@@ -1,11 +1,16 @@
 """What a page may hold: cells anywhere, options, outputs, figures, modules, notebooks."""
 
 import json
+from io import BytesIO
 
+import numpy
 import pytest
+from matplotlib import pyplot
 from matplotlib.image import imread
 
+from site_build.figures import with_palette
 from site_build.pages import SourceError, read_markdown, read_notebook
+from site_build.render import png_size
 
 NESTED = """\
 # Page
@@ -205,6 +210,26 @@ def test_a_figure_is_ink_without_paper(project):
     (file,) = (project.root / "build/pages").glob("a-1-*.png")
     shown = imread(file)
     assert shown.shape == (540, 1020, 4) and shown[2, 2, 3] == 0 and shown[300, 1000, 3] == 0
+
+
+def test_a_figure_of_many_shades_keeps_its_colours_in_fewer_bytes():
+    figure, axes = pyplot.subplots()
+    for n in range(12):
+        axes.plot([0, 1, 2], [n, 2 - n, n], label=f"line {n}")
+        axes.fill_between([0, 2], n, n + 1, alpha=0.1)
+    axes.legend()
+    figure.savefig(drawn := BytesIO(), dpi=150, facecolor="none")
+    pyplot.close(figure)
+    small = with_palette(drawn.getvalue())
+    assert len(small) < 0.6 * len(drawn.getvalue())
+    before, after = (imread(BytesIO(png)) for png in (drawn.getvalue(), small))
+    assert before.shape == after.shape and png_size(small) == png_size(drawn.getvalue())
+    seen, shown = (picture[..., :3] * picture[..., 3:] for picture in (before, after))
+    assert abs(seen - shown).mean() < 0.004 and abs(before[..., 3] - after[..., 3]).mean() < 0.004
+    pixels, counts = numpy.unique(before.reshape(-1, 4), axis=0, return_counts=True)
+    kept = {tuple(pixel) for pixel in numpy.unique(after.reshape(-1, 4), axis=0)}
+    assert len(pixels) > 1000 and len(kept) <= 256
+    assert {tuple(pixel) for pixel in pixels[counts.argsort()[-100:]]} <= kept
 
 
 def test_a_module_is_shown_whole_with_links_to_source_and_test(quick):

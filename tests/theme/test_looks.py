@@ -224,10 +224,16 @@ def test_the_drawers_levels_are_left_and_entered_by_keyboard(phone, address):
     phone.keyboard.press("Space")
     phone.wait_for_timeout(100)
     phone.keyboard.press("Enter")  # the title of the level leads back
-    phone.wait_for_timeout(100)
-    walked = stops(phone, 9)
-    levels = [s for s in walked if s["tag"] == "LABEL" and s["what"].startswith("Layers")]
-    assert levels and not any(s["what"] == "Multi-head attention" for s in walked)
+    here = phone.evaluate(WHERE)
+    assert here["tag"] == "LABEL" and here["what"].startswith("Attention") and here["shown"]
+    assert "Multi-head attention" not in [s["what"] for s in stops(phone, 4)]
+    for _ in range(4):
+        phone.keyboard.press("Shift+Tab")
+    phone.keyboard.press("Enter")  # and in again
+    assert [s["what"] for s in stops(phone, 2)] == [
+        "Scaled dot-product attention",
+        "Multi-head attention",
+    ]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
