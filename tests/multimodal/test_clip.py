@@ -1,5 +1,6 @@
 """CLIP against transformers, through checkpoint folders that transformers wrote."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -313,6 +314,19 @@ def test_where_training_starts():
     assert_close(unit(torch.tensor([[3.0, 4.0]])), torch.tensor([[0.6, 0.8]]))
 
 
+@pytest.mark.parametrize("ours", [CLIPTextConfig, CLIPVisionConfig, CLIPConfig])
+def test_what_a_config_leaves_out_is_as_in_transformers(ours):
+    theirs = getattr(transformers, ours.__name__)()
+    left_out = {k: v for k, v in dataclasses.asdict(ours()).items() if "_config" not in k}
+    assert left_out and left_out == {name: getattr(theirs, name) for name in left_out}
+
+
+@pytest.mark.parametrize("ours", [CLIPTextConfig, CLIPVisionConfig, CLIPConfig])
+def test_a_config_cannot_be_edited_behind_its_checks(ours):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ours().hidden_size = 0
+
+
 def trainable() -> tuple[CLIP, tuple[torch.Tensor, torch.Tensor]]:
     """Four pairs, to be learned by heart."""
     torch.manual_seed(0)
@@ -370,8 +384,16 @@ def small(sizes: dict) -> dict:
 def test_images_of_another_shape_are_refused(folder, shape):
     ours = CLIP.from_pretrained(folder)
     said = rf"shape \({', '.join(map(str, shape))}\), the config wants b images of 3x30x30"
-    with pytest.raises(ValueError, match=said):
-        ours.encode_image(torch.zeros(shape))
+    tower, images = ours.vision_model, torch.zeros(shape)
+    for see in (
+        ours.encode_image,
+        tower,
+        tower.embeddings,
+        lambda images: tower.states(images, -1),
+        lambda images: ours(inputs()[0], images),
+    ):
+        with pytest.raises(ValueError, match=said):
+            see(images)
 
 
 def test_images_below_one_patch_are_refused(folder):

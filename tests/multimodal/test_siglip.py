@@ -1,5 +1,6 @@
 """SigLIP against transformers, through checkpoint folders that transformers wrote."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -242,14 +243,32 @@ def test_where_training_starts():
     assert loss < 20 and sigmoid_loss(model(ids, torch.cat((images, images[:1])))[1].detach()) < 40
 
 
+@pytest.mark.parametrize("ours", [SiglipTextConfig, SiglipVisionConfig])
+def test_what_a_config_leaves_out_is_as_in_transformers(ours):
+    theirs = getattr(transformers, ours.__name__)()
+    left_out = dataclasses.asdict(ours())
+    if left_out.pop("projection_size", 0) is None:
+        assert ours().pooled_size == theirs.projection_size
+    assert left_out == {name: getattr(theirs, name) for name in left_out}
+
+
 # What is refused
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 30, 31), (2, 3, 29, 30), (2, 1, 30, 30), (2, 3, 10, 90)])
 def test_images_of_another_shape_are_refused(folder, shape):
     said = rf"shape \({', '.join(map(str, shape))}\), the config wants b images of 3x30x30"
-    with pytest.raises(ValueError, match=said):
-        SigLIP.from_pretrained(folder).encode_image(torch.zeros(shape))
+    ours, images = SigLIP.from_pretrained(folder), torch.zeros(shape)
+    tower, ids = ours.vision_model, inputs()[0]
+    for see in (
+        ours.encode_image,
+        tower,
+        tower.embeddings,
+        lambda images: tower.states(images, -1),
+        lambda images: ours(ids, images),
+    ):
+        with pytest.raises(ValueError, match=said):
+            see(images)
 
 
 def test_images_below_one_patch_are_refused(folder):
@@ -286,6 +305,25 @@ def test_a_config_that_cannot_be_honoured_is_refused(folder, changes, said):
     for key, value in changes.items():
         edit(folder, **{key: config[key] | value if isinstance(value, dict) else value})
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{said}"):
+        SigLIP.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("ours", [SiglipTextConfig, SiglipVisionConfig, SiglipConfig])
+def test_a_config_cannot_be_edited_behind_its_checks(ours):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ours().hidden_size = 0
+
+
+def test_a_common_space_of_one_feature_is_a_space():
+    assert SiglipTextConfig(projection_size=1).pooled_size == 1
+
+
+def test_what_is_said_of_a_tie_changes_nothing(folder):
+    config = json.loads((folder / "config.json").read_text())
+    tie = {"tie_word_embeddings": True}
+    edit(folder, **tie, **{k: config[k] | tie for k in ("text_config", "vision_config")})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         SigLIP.from_pretrained(folder)
 
 
