@@ -15,6 +15,7 @@ TOPICS = [
 # Pages that teach without a module of their own.
 WITHOUT_MODULE = {
     "reference/conventions",
+    "reference/glossary",
     "reference/roadmap",
     "reference/papers",
     "reference/tags",

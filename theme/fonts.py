@@ -8,6 +8,7 @@ As a MkDocs hook this file has each page ask for its fonts at once. A font that 
 left for the next page (`font-display: optional`): nothing moves under a reader's eyes.
 """
 
+import json
 import re
 from io import BytesIO
 from pathlib import Path
@@ -52,15 +53,17 @@ FIRST = {
 }
 
 
+# From disk a font can't be asked for before its style: the browser refuses, and says so.
+ASK = """\
+<script>if (location.protocol !== "file:") for (const href of %s)
+document.head.append(Object.assign(document.createElement("link"),
+{ rel: "preload", as: "font", type: "font/woff2", crossOrigin: "", href }))</script>"""
+
+
 def on_post_page(output: str, page, config) -> str:
     def with_fonts(style: re.Match) -> str:
-        links = [
-            '<link rel="preload" as="font" type="font/woff2" crossorigin '
-            f'href="{style["assets"]}{font}">'
-            for sign, font in FIRST.items()
-            if sign in output
-        ]
-        return "\n".join([*links, style[0]])
+        fonts = [style["assets"] + font for sign, font in FIRST.items() if sign in output]
+        return f"{ASK % json.dumps(fonts)}\n{style[0]}"
 
     return STYLE.sub(with_fonts, output, count=1)
 

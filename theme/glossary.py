@@ -32,7 +32,7 @@ SKIPPED = {"a", "button", "code", "h1", "h2", "h3", "h4", "h5", "h6", "label", "
 SKIPPED |= {"style", "summary", "svg", "table"}
 VOID = {"br", "hr", "img", "input", "source", "wbr"}
 SKIPPED_CLASS = re.compile(
-    r'class="[^"]*\b(arithmatex|admonition-title|caption|cards|diagram|doc-section-title|footnote|output|fp-foot|fp-head|'
+    r'class="[^"]*\b(arithmatex|admonition-title|caption|cards|diagram|doc-section-title|footnote|output|road|fp-foot|fp-head|'
     r"md-tags|module-links|page-links)\b"
 )
 

@@ -27,6 +27,7 @@ class Matrix(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Its parameters."""
         return self.outputs * self.inputs
 
 

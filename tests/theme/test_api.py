@@ -3,6 +3,7 @@
 import ast
 import html
 import json
+import posixpath
 import re
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def test_an_entry_holds_its_source_and_leads_to_its_page(site, module):
     source = (ROOT / f"snippets/{module}.py").read_text()
     assert source.strip() in text
     lesson = any((ROOT / f"site_src/{module}{suffix}").is_file() for suffix in (".md", ".ipynb"))
-    assert lesson == (f'href="../../{module}.html"' in entry)
+    address = posixpath.relpath(f"{module}.html", "reference/api")
+    assert lesson == (f'href="{address}"' in entry)
     if "Axes:" in source:
         assert "<strong>Axes:</strong>" in entry
 

@@ -1,6 +1,7 @@
 """Fonts: asked for before they are needed, never swapped in, with all signs that pages use."""
 
 import html
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,9 @@ STYLE = '<link rel="stylesheet" href="../assets/type.css">'
 def test_a_page_asks_at_once_for_the_fonts_that_it_shows():
     def asked(body: str) -> list[str]:
         page = fonts.on_post_page(f"{STYLE}<body>{body}", None, None)
-        return re.findall(r'rel="preload"[^>]*href="\.\./assets/[^"]*/([\w-]+)\.woff2"', page)
+        (links,) = re.findall(r"<script>.* of (\[.*\])\n", page)
+        assert 'rel: "preload"' in page and "file:" in page
+        return [link.rpartition("/")[2].removesuffix(".woff2") for link in json.loads(links)]
 
     words, code = "inter-latin-wght-normal", "jetbrains-mono-latin-wght-normal"
     assert asked("") == [words]

@@ -225,3 +225,18 @@ def test_outputs_stay_out_of_the_search(site, report):
     text = " ".join(section["text"] for section in index["docs"])
     assert "Forty untrained blocks" in text and "rms_normalize" in text
     assert "after 16 blocks the typical size is " not in text
+
+
+def test_words_with_digits_keep_their_nodes_apart(browser, site):
+    context = browser.new_context()
+    tab = context.new_page()
+    opened(tab, f"{site.as_uri()}/")  # where lunr is in a frame, and not in a worker
+    texts = tab.evaluate(
+        """() => {
+          const { lunr } = document.querySelector("iframe[title=Search]").contentWindow
+          const nodes = [{ 1: { id: 234 } }, { 1: { id: 2 }, 3: { id: 4 } }]
+          return nodes.map((edges) => Object.assign(new lunr.TokenSet(), { edges }).toString())
+        }"""
+    )
+    context.close()
+    assert texts[0] != texts[1]
