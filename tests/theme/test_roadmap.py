@@ -94,7 +94,8 @@ def test_minutes_count_words_and_shown_cells_only(three):
 
 def test_the_build_fails_with_the_page_and_what_was_wrong(shell):
     with (shell.root / "mkdocs.yml").open("a") as file:
-        file.write("nav: [index.md, topic/a.md, topic/b.md, reference/tags.md]\n")
+        pages = "index.md, topic/a.md, topic/b.md, reference/tags.md, API: reference/api/index.md"
+        file.write(f"nav: [{pages}]\n")
     write(shell.root / "site_src", "topic/a", title="First")
     write(shell.root / "site_src", "topic/b", title="Second", prerequisites=["topic/a"])
     code, output = shell.build()
