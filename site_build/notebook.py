@@ -5,6 +5,7 @@ writes the project's files that it used. Modules are written each for itself, wi
 as comments: as one file each they would define a shared block twice, as two different classes.
 """
 
+import contextlib
 import html
 import importlib.metadata
 import json
@@ -146,13 +147,12 @@ def files_of(entry: dict, site) -> tuple[dict[str, str], dict[str, str]]:
         path = site.root / name
         if not state.startswith("file:") or not path.is_file():
             continue
-        data = path.read_bytes()
-        try:
-            text = data.decode() if len(data) <= SMALL else None
-        except UnicodeDecodeError:
-            text = None
-        if text is None or name.startswith(f"{site.build}/"):
-            large[name] = f"{len(data) / 1e6:.1f} MB"
+        size, text = path.stat().st_size, None
+        if size <= SMALL and not name.startswith(f"{site.build}/"):
+            with contextlib.suppress(UnicodeDecodeError):
+                text = path.read_bytes().decode()
+        if text is None:
+            large[name] = f"{size / 1e6:.1f} MB"
         else:
             written[name] = plain(name, text) if name.endswith(".py") else text
     return written, large

@@ -230,11 +230,13 @@ def module_links(page: Page, module: str, site: Site, button: str = "") -> list[
 def one_file(module: str, site: Site) -> str:
     """Adds the flattened module to the site's files, and a script that brings its text to a
     page's copy button, which can't fetch where there is no server."""
+    name = "carry/" + module.removeprefix("snippets/")
+    if name in site.files:  # several pages show it, or one of them twice
+        return name
     try:
         text = carried(site, module)
     except FlattenError as error:
         raise RenderError(0, f"one file of {module}: {error}") from None
-    name = "carry/" + module.removeprefix("snippets/")
     site.files[name] = text.encode()
     script = f"document.currentScript.carried = {json.dumps(text)};\n"
     site.files[name.removesuffix(".py") + ".js"] = script.encode()

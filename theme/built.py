@@ -51,9 +51,10 @@ def facts(root: Path, engine, files) -> dict[str, str]:
         "tests": count_tests(root),
     }
     oracles = sorted({(proof["oracle"], proof["version"]) for proof in proofs})
+    names = ", ".join(f"{name}\N{NO-BREAK SPACE}{version}" for name, version in oracles)
     origin = engine.origin
     return {name: f"{count:,}" for name, count in counts.items()} | {
-        "oracles": ", ".join(f"{name}\N{NO-BREAK SPACE}{version}" for name, version in oracles),
+        "oracles": f'<span class="fp-names">{names}</span>',
         "commit": origin.described or "files that stand in no commit",
         "report": report(origin),
         "bibtex": f"```bibtex\n{bibtex(root, origin)}\n```",

@@ -36,7 +36,6 @@ FONTS = {
     "fonts/inter-latin-wght-normal": (
         INTER, "files", WORDS, (400, 700), ["kern", "tnum", "ccmp", "mark"],
     ),
-    "fonts/inter-latin-wght-italic": (INTER, "files", WORDS, 400, ["kern", "ccmp", "mark"]),
     "fonts/jetbrains-mono-latin-wght-normal": (MONO, "files", WORDS, (400, 700), ["ccmp"]),
     "katex/fonts/KaTeX_AMS-Regular": (KATEX, "dist/fonts", [*map(ord, AMS)], None, []),
     "katex/fonts/KaTeX_Main-Regular": (KATEX, "dist/fonts", None, None, ["*"]),
@@ -44,15 +43,18 @@ FONTS = {
 }  # fmt: skip
 
 STYLE = re.compile(r'<link rel="stylesheet" href="(?P<assets>[^"]*)type\.css[^"]*">')
-# What stands at the head of a page, and what has to be there for that.
+KATEX_FONT = "katex/fonts/KaTeX_{}-Regular.woff2"
+# Fonts, and what stands in a page that shows one.
 FIRST = {
-    "<body": "fonts/inter-latin-wght-normal.woff2",
-    "<code": "fonts/jetbrains-mono-latin-wght-normal.woff2",
-    'class="katex"': "katex/fonts/KaTeX_Main-Regular.woff2",
-    'class="mord mathnormal"': "katex/fonts/KaTeX_Math-Italic.woff2",
+    "fonts/inter-latin-wght-normal.woff2": ["<body"],
+    "fonts/jetbrains-mono-latin-wght-normal.woff2": ["<code"],
+    KATEX_FONT.format("Main"): ['class="katex"'],
+    "katex/fonts/KaTeX_Math-Italic.woff2": ['class="mord mathnormal"'],
+    KATEX_FONT.format("Size1"): ["delimsizing size1", "op-symbol small-op"],
+    KATEX_FONT.format("Size2"): ["delimsizing size2", "op-symbol large-op"],
+    KATEX_FONT.format("AMS"): ['class="mord mathbb"'],
+    KATEX_FONT.format("Caligraphic"): ['class="mord mathcal"'],
 }
-
-
 # From disk a font can't be asked for before its style: the browser refuses, and says so.
 ASK = """\
 <script>if (location.protocol !== "file:") for (const href of %s)
@@ -61,11 +63,13 @@ document.head.append(Object.assign(document.createElement("link"),
 
 
 def on_post_page(output: str, page, config) -> str:
-    def with_fonts(style: re.Match) -> str:
-        fonts = [style["assets"] + font for sign, font in FIRST.items() if sign in output]
-        return f"{ASK % json.dumps(fonts)}\n{style[0]}"
-
-    return STYLE.sub(with_fonts, output, count=1)
+    style, first = STYLE.search(output), output.find('<link rel="stylesheet"')
+    if not style:
+        return output
+    shown = [font for font, signs in FIRST.items() if any(sign in output for sign in signs)]
+    fonts = [style["assets"] + font for font in shown]
+    # Before all styles: a script waits for those above it.
+    return f"{output[:first]}{ASK % json.dumps(fonts)}\n{output[first:]}"
 
 
 def smaller(font: bytes, glyphs: list[int] | None, weights, features: list[str]) -> bytes:

@@ -31,8 +31,8 @@ PROSE = {"p", "li", "dd"}
 SKIPPED = {"a", "button", "code", "h1", "h2", "h3", "h4", "h5", "h6", "label", "pre", "script"}
 SKIPPED |= {"style", "summary", "svg", "table"}
 VOID = {"br", "hr", "img", "input", "source", "wbr"}
-SKIPPED_CLASS = re.compile(
-    r'class="[^"]*\b(arithmatex|admonition-title|caption|cards|diagram|doc-section-title|footnote|output|road|fp-foot|fp-head|'
+SKIPPED_CLASS = re.compile(  # where words are names, or said in passing
+    r'class="[^"]*\b(arithmatex|admonition-title|caption|cards|diagram|doc-section-title|footnote|output|road|fp-foot|fp-head|fp-names|'
     r"md-tags|module-links|page-links)\b"
 )
 

@@ -1,12 +1,7 @@
-// A button beside each link to a one-file module and to the page's Markdown, which copies that
-// file. The text comes by a script of the same name, since a page opened without a server can't
-// fetch.
+// The button beside each link to a one-file module and to the page's Markdown (theme/buttons.py)
+// copies that file. The text comes by a script of the same name, since a page opened without a
+// server can't fetch.
 (() => {
-  const KINDS = {
-    "one-file": ["copy-file", "Copy one file"],
-    twin: ["copy-page", "Copy page as Markdown"],
-  };
-
   const load = (address) =>
     new Promise((resolve, reject) => {
       const script = document.createElement("script");
@@ -32,13 +27,8 @@
   };
 
   for (const link of document.querySelectorAll("a.one-file, a.twin")) {
-    const [name, label] = KINDS[link.classList.contains("twin") ? "twin" : "one-file"];
-    const button = document.createElement("button");
-    button.type = "button";
-    button.className = name;
-    button.textContent = label;
-    const said = document.createElement("span");
-    said.setAttribute("role", "status");
+    const button = link.nextElementSibling;
+    const said = button.nextElementSibling;
     let text;
     const prepare = () => {
       text ??= load(link.href.replace(/\.(py|md)$/, ".js"));
@@ -59,6 +49,5 @@
       button.focus();
       setTimeout(() => (said.textContent = ""), 4000);
     });
-    link.after(" ", button, " ", said);
   }
 })();
