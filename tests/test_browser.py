@@ -197,7 +197,11 @@ def test_links_lead_on_from_disk(browser, site, pages):
         name = waiting.pop()
         reached.add(name)
         tab.goto(base + name)
-        links = tab.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)")
+        # By the attribute: of a link in a drawing, `href` is an object.
+        links = tab.evaluate(
+            "[...document.querySelectorAll('a[href]')]"
+            ".map(a => new URL(a.getAttribute('href'), location).href)"
+        )
         inside = {a.removeprefix(base).partition("#")[0] for a in links if a.startswith(base)}
         assert inside <= {*pages, *(p.relative_to(site).as_posix() for p in site.rglob("*"))}
         waiting += [n for n in inside if n.endswith(".html") and n not in {*reached, *waiting}]
