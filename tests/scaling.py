@@ -35,4 +35,7 @@ def times(value, factor: float):
     if isinstance(value, tuple):
         scaled_values = (times(v, factor) for v in value)
         return value._make(scaled_values) if hasattr(value, "_make") else tuple(scaled_values)
+    if isinstance(value, dict):  # of a calculator, whose counts are whole numbers
+        whole = {k: round(v * factor) for k, v in value.items() if type(v) is int}
+        return {k: times(v, factor) for k, v in value.items()} | whole
     return value
