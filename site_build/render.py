@@ -238,9 +238,13 @@ def one_file(module: str, site: Site) -> str:
     except FlattenError as error:
         raise RenderError(0, f"one file of {module}: {error}") from None
     site.files[name] = text.encode()
-    script = f"document.currentScript.carried = {json.dumps(text)};\n"
-    site.files[name.removesuffix(".py") + ".js"] = script.encode()
+    site.files[name.removesuffix(".py") + ".js"] = carrier(text).encode()
     return name
+
+
+def carrier(text: str) -> str:
+    """A script that brings a text to the page that loads it."""
+    return f"document.currentScript.carried = {json.dumps(text)};\n"
 
 
 def test_of(module: str) -> str:

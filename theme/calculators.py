@@ -14,6 +14,7 @@ from pathlib import Path
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File
 
+from site_build.options import PLUGIN
 from snippets.common.model_shape import shape_of
 from snippets.reference.calculators import kv_cache, parameters
 from theme.calculator_forms import FORMS, calculator, model_form
@@ -81,7 +82,7 @@ def on_files(files, config):
     models.clear()
     if files.get_file_from_path(PAGE) is None:
         return files
-    models.extend(presets(config.plugins["forward-pass"].engine))
+    models.extend(presets(config.plugins[PLUGIN].engine))
     data = {"models": [{"name": m.name, "shape": asdict(m.shape)} for m in models]}
     data["chips"] = json.loads(Path(config.docs_dir, CHIPS).read_text("utf-8"))
     text = f"const calculatorsData = {json.dumps(data, separators=(',', ':'))};\n"

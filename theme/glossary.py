@@ -26,7 +26,6 @@ NEEDED, ALLOWED = {"term", "says", "page"}, {"also", "forms", "never"}
 TOKEN = re.compile(
     r"""<!--.*?-->|<(?P<close>/?)(?P<tag>\w+)(?:[^>"']|"[^"]*"|'[^']*')*>""", re.DOTALL
 )
-REFERENCES = re.compile(r'<h\d id="references"')
 PROSE = {"p", "li", "dd"}
 SKIPPED = {"a", "button", "code", "h1", "h2", "h3", "h4", "h5", "h6", "label", "pre", "script"}
 SKIPPED |= {"style", "summary", "svg", "table"}
@@ -138,8 +137,6 @@ def marked(html: str, find: Finder, glossary: str) -> tuple[str, set[str]]:
 
     at = 0
     for token in TOKEN.finditer(html):
-        if REFERENCES.match(token[0]):  # the rest are titles
-            break
         text = html[at : token.start()]
         done += [mark(text) if prose and not skipping else text, token[0]]
         at, tag, step = token.end(), token["tag"], -1 if token["close"] else 1

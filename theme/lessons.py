@@ -134,7 +134,7 @@ def leads_to(lessons: dict[str, Lesson], stem: str) -> list[Lesson]:
     return [lesson for lesson in lessons.values() if stem in lesson.needs]
 
 
-def same_family(lessons: dict[str, Lesson], stem: str, most: int = 3) -> list[Lesson]:
+def alike(lessons: dict[str, Lesson], stem: str, most: int = 3) -> list[Lesson]:
     """The lessons that share most tags, rare ones above all; none that is a neighbour anyway."""
     mine = lessons[stem]
     near = {stem, *mine.needs, *(lesson.stem for lesson in leads_to(lessons, stem))}

@@ -91,7 +91,7 @@ def related(stem: str, page, files) -> str:
     groups = {
         "Builds on": [lessons[need] for need in lessons[stem].needs],
         "Leads to": graph.leads_to(lessons, stem),
-        "See also": graph.same_family(lessons, stem),
+        "See also": graph.alike(lessons, stem),
     }
     rows = []
     for label, group in groups.items():

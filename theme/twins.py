@@ -4,7 +4,6 @@ A twin has the page's name (`gqa.md` beside `gqa.html`), and its text a second t
 (`gqa.js`), which the copy button loads when it is wanted: a page opened from disk can't fetch.
 """
 
-import json
 import posixpath
 import re
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from site_build.options import PLUGIN
+from site_build.render import carrier
 from theme.api import FOLDER
 from theme.plain import plain
 
@@ -34,8 +34,7 @@ def on_env(env, config, files):
             lessons.append(f"---\n\nPage: {address(page)}\n\n{lesson}")
         twin = f"{front_matter(page, origin)}\n{plain(text, leads(name, name, origin.site_url))}"
         write(site / name, twin)
-        # As the engine does for one-file modules; assets/carry.js loads both.
-        write(site / script(name), f"document.currentScript.carried = {json.dumps(twin)};\n")
+        write(site / script(name), carrier(twin))
     write(site / "llms.txt", contents(config, pages, origin))
     head = f"# {config.site_name}\n\n> {config.site_description}\n\n"
     write(site / FULL, head + "\n\n".join(lessons))

@@ -76,7 +76,7 @@ def test_the_first_use_in_prose_is_marked():
         '<div class="output highlight"><p>token</p><div><p>token</p></div></div>'
         "<table><tr><td><p>token</p></td></tr></table><pre>token</pre>"
         '<p title="a > token">A <b>token</b> and a token.</p><ul><li>"Score"</li></ul>'
-        '<h2 id="references">References</h2><p>key</p>'
+        '<div class="footnote"><p>key</p></div>'
     )
     done, seen = marked(html, Finder([entry("token"), entry("score"), entry("key")]), "g.html")
     link = '<a class="fp-term" href="g.html#term-{0}" data-says="About {0}.">{1}</a>'

@@ -152,14 +152,14 @@ def test_only_pairs_that_follow_from_others_are_left_out(real):
         assert not any(a in reached(b) for a in needs[stem] for b in needs[stem])
 
 
-def test_the_family_shares_tags_and_is_no_neighbour(real):
+def test_what_is_alike_shares_tags_and_is_no_neighbour(real):
     for stem, lesson in real.items():
-        family = lessons.same_family(real, stem)
-        assert len(family) <= 3
+        found = lessons.alike(real, stem)
+        assert len(found) <= 3
         near = {stem, *lesson.needs} | {one.stem for one in lessons.leads_to(real, stem)}
-        for one in family:
+        for one in found:
             assert one.tags & lesson.tags and one.stem not in near
-        if lesson.tags and not family:
+        if lesson.tags and not found:
             shared = [s for s, one in real.items() if one.tags & lesson.tags]
             assert set(shared) <= near
 
