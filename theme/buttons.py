@@ -1,9 +1,11 @@
-"""MkDocs hook: a button beside each link to a one-file module and to a page's Markdown.
+"""MkDocs hook: the buttons that copy: a block of code, a one-file module, a page's Markdown.
 
-assets/carry.js has it copy that file. The button stands in the page from the start, so that no
-text moves when the script comes; where no script runs, it isn't shown.
+They stand in the page from the start, so that no text moves and nothing is laid out again when
+the scripts come; where no script runs, they aren't shown. A block is copied by the theme's script,
+a file by assets/carry.js.
 """
 
+import itertools
 import re
 
 LABELS = {
@@ -11,12 +13,32 @@ LABELS = {
     "twin": ("copy-page", "Copy page as Markdown"),
 }
 LINK = re.compile(r'<a (?=[^>]*\bclass="(?P<kind>one-file|twin)")[^>]*>[^<]*</a>')
+BLOCK = re.compile(
+    r'(?P<box><div [^>]*class="(?P<classes>[^"]*)"[^>]*>\s*)?'
+    r"(?P<start><pre>(?:<span></span>)?)<code>"
+)
+# Results are no code, and of the API's signatures one types the name.
+NOT_COPIED = {"no-copy", "doc-signature"}
 
 
 def on_post_page(output: str, page, config) -> str:
-    def with_button(link: re.Match) -> str:
-        name, label = LABELS[link["kind"]]
-        button = f'<button type="button" class="{name}">{label}</button>'
-        return f'{link[0]} {button} <span role="status"></span>'
+    numbers = itertools.count()
+    return BLOCK.sub(lambda block: copied(block, next(numbers)), LINK.sub(with_button, output))
 
-    return LINK.sub(with_button, output)
+
+def with_button(link: re.Match) -> str:
+    name, label = LABELS[link["kind"]]
+    button = f'<button type="button" class="{name}">{label}</button>'
+    return f'{link[0]} {button} <span role="status"></span>'
+
+
+def copied(block: re.Match, number: int) -> str:
+    if NOT_COPIED & set((block["classes"] or "").split()):
+        return block[0]
+    name = f"__copy_{number}"
+    button = (
+        '<button type="button" class="md-code__button" title="Copy to clipboard"'
+        f' data-clipboard-target="#{name}" data-md-type="copy"></button>'
+    )
+    shown = f'<div class="md-code__nav">{button}</div>'
+    return f'{block["box"] or ""}{block["start"]}{shown}<code id="{name}">'

@@ -9,6 +9,7 @@ from snippets.common.model_shape import ModelShape
 from snippets.reference.calculators import kv_cache, parameters
 from snippets.reference.roofline import roofline
 from snippets.reference.training_memory import training_memory
+from theme.tables import boxed
 
 
 @dataclass(frozen=True)
@@ -86,4 +87,5 @@ def table(rows: list[list[str]], links: dict[str, str]) -> str:
     for name, *cells in rows[1:]:
         numbers = "".join(f'<td style="text-align: right">{cell}</td>' for cell in cells)
         lines.append(f'<tr><td><a href="{links[name]}">{html.escape(name)}</a></td>{numbers}</tr>')
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return boxed(f"<table>{body}</table>")

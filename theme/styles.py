@@ -1,4 +1,9 @@
-"""MkDocs hook: the styles of `extra_css` as one file: a page waits for one answer, not for ten."""
+"""MkDocs hook: the styles of `extra_css` as one file: a page waits for one answer, not for ten.
+
+Two changes to the theme's. One rule goes, which holds for all elements while the colours change:
+the theme's script says that they do at each load, and the page would be styled twice more before
+it can be used. And what is said of tables without a class holds for ours too (theme/tables.py).
+"""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -8,6 +13,8 @@ from mkdocs.plugins import event_priority
 JOINED = "assets/all.css"
 LINK = re.compile(r'[ \t]*<link rel="stylesheet" href="(?P<href>[^"]*)">\n?')
 COMMENT = re.compile(r"/\*.*?\*/\s*", re.DOTALL)
+SWITCHING = re.compile(r"\[data-md-color-switching\] \*[^{}]*\{[^{}]*\}")
+PLAIN, OURS_TOO = "table:not([class])", "table:is(:not([class]),.fp-table)"
 URL = re.compile(r"""url\((?P<quote>["']?)(?!data:)(?P<path>[^)"']+)(?P=quote)\)""")
 
 
@@ -32,6 +39,9 @@ def on_post_build(config):
         moved((site / str(style)).read_text("utf-8"), str(style)) for style in config.extra_css
     ]
     (site / JOINED).write_text("\n".join(texts), "utf-8")
+    for theirs in site.glob("assets/stylesheets/*.css"):
+        text = SWITCHING.sub("", theirs.read_text("utf-8"))
+        theirs.write_text(text.replace(PLAIN, OURS_TOO), "utf-8")
 
 
 def moved(text: str, name: str) -> str:

@@ -8,36 +8,38 @@ const SCROLLING = {
 }
 /* Those whose edge fades while there is more behind it; of code one sees that a line is cut. */
 const FADING = ".md-typeset__scrollwrap, .output.table, div.arithmatex, div.diagram"
-function fade({ target: box }) {
-  box.toggleAttribute("data-more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1)
-}
+const more = (box) => box.scrollLeft + box.clientWidth < box.scrollWidth - 1
+const fade = ({ target: box }) => box.toggleAttribute("data-more", more(box))
 
-/* A box that scrolls can be reached by keyboard, one that doesn't is no stop on the way. */
+/* A box that scrolls can be reached by keyboard, one that doesn't is no stop on the way. All are
+   measured before one is changed: a page with forty boxes would be laid out eighty times. What is
+   folded waits until it is opened, or it would be laid out for nobody. */
+const folded = (box) => box.closest("details:not([open])")
 function reach() {
+  const found = []
   for (const [boxes, label] of Object.entries(SCROLLING)) {
     for (const box of document.querySelectorAll(boxes)) {
+      if (folded(box)) continue
       const scrolls = box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight
-      box.toggleAttribute("data-scrolls", scrolls)
-      if (scrolls) {
-        box.tabIndex = 0
-        if (label) {
-          box.setAttribute("role", "group")
-          box.setAttribute("aria-label", label)
-        }
-      } else {
-        box.removeAttribute("tabindex")
-      }
-      if (box.matches(FADING)) {
-        fade({ target: box })
-        box.addEventListener("scroll", fade, { passive: true })
-      }
+      found.push({ box, label, scrolls, goesOn: more(box) })
     }
   }
-}
-
-/* The theme adds a landmark to each code block; a page with forty has none. */
-function quieten(root) {
-  for (const bar of root.querySelectorAll("nav.md-code__nav")) bar.setAttribute("role", "none")
+  for (const { box, label, scrolls, goesOn } of found) {
+    box.toggleAttribute("data-scrolls", scrolls)
+    if (scrolls) {
+      box.tabIndex = 0
+      if (label) {
+        box.setAttribute("role", "group")
+        box.setAttribute("aria-label", label)
+      }
+    } else {
+      box.removeAttribute("tabindex")
+    }
+    if (box.matches(FADING)) {
+      box.toggleAttribute("data-more", goesOn)
+      box.addEventListener("scroll", fade, { passive: true })
+    }
+  }
 }
 
 /* The theme leaves a section with a page of its own without a name, and gives two sections of one
@@ -55,9 +57,6 @@ for (const nav of document.querySelectorAll(".md-nav .md-nav[aria-labelledby]"))
   label.append(unseen)
 }
 document.querySelector(".md-search")?.setAttribute("aria-label", "Search")
-quieten(document)
-new MutationObserver((changes) => {
-  for (const { target } of changes) quieten(target)
-}).observe(document.querySelector("main"), { childList: true, subtree: true })
 addEventListener("load", reach)
 addEventListener("resize", reach)
+addEventListener("toggle", reach, true)

@@ -151,9 +151,25 @@ def test_a_table_of_many_columns_says_so():
     def marked(columns: int) -> bool:
         head = f"<thead><tr>{'<th>a</th>' * columns}</tr></thead>"
         page = tables.on_page_content(f"<table>{head}<tbody></tbody></table>", None, None, None)
-        return "<table data-wide>" in page
+        return "data-wide" in page
 
     assert [marked(columns) for columns in (2, 5, 6, 14)] == [False, False, True, True]
+
+
+def test_the_theme_finds_no_table_to_move(site, browser, address):
+    """It would lay out the page again; ours are where it puts them, in its look."""
+    for path in site.rglob("*.html"):
+        assert not re.search(r"<table(?![^>]*class=)", path.read_text("utf-8")), path
+    tab = browser.new_page()
+    tab.goto(address + "attention/gqa.html")
+    assert tab.locator(".md-typeset__table > .fp-table").count() > 3
+    assert tab.locator(".md-typeset__scrollwrap .md-typeset__scrollwrap").count() == 0
+    row = tab.locator(".fp-table tbody tr").nth(1)
+    assert (
+        row.evaluate("r => getComputedStyle(r).borderTopWidth") != "0px"
+        or row.evaluate("r => getComputedStyle(r.cells[0]).borderTopWidth") != "0px"
+    )
+    tab.close()
 
 
 def test_a_wide_table_on_a_phone_shows_that_it_goes_on(browser, address):
@@ -234,6 +250,23 @@ def test_the_drawers_levels_are_left_and_entered_by_keyboard(phone, address):
         "Scaled dot-product attention",
         "Multi-head attention",
     ]
+
+
+def test_what_is_unfolded_is_reached_by_keyboard(phone, address):
+    phone.goto(address + "attention/gqa.html")
+    fold = phone.locator("details:has(pre > code)").first
+    code = fold.locator("pre > code").first
+    assert code.get_attribute("tabindex") is None
+    fold.locator("summary").first.click()
+    phone.locator("details[open] code[data-scrolls]").first.wait_for()
+    assert code.evaluate("c => c.tabIndex") == 0
+
+
+def test_results_and_signatures_have_no_button_to_copy(site):
+    for page in ("attention/gqa.html", "reference/api/attention.html"):
+        for pre in re.findall(r"<div[^>]*>\s*<pre>.*?<code", (site / page).read_text(), re.DOTALL):
+            code = "no-copy" not in pre and "doc-signature" not in pre
+            assert ("data-clipboard-target" in pre) == code, pre
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -50,3 +50,18 @@ def test_every_page_of_the_site_has_one(site):
         page = path.read_text("utf-8")
         assert len(re.findall(r'rel="stylesheet"', page)) == 3, path  # two are the theme's
         assert f'href="../{styles.JOINED}"' in page
+
+
+def test_the_themes_rules_hold_for_our_tables_and_none_for_all_while_colours_change(site):
+    for path in (site / "assets/stylesheets").glob("*.css"):
+        text = path.read_text("utf-8")
+        assert "[data-md-color-switching]" not in text
+        assert text.count("table:not([class])") == 0
+    main = next((site / "assets/stylesheets").glob("main.*.css")).read_text("utf-8")
+    assert main.count(styles.OURS_TOO) > 10
+
+
+def test_what_the_script_says_of_the_page_is_said_before_the_text(site):
+    page = (site / "attention/gqa.html").read_text("utf-8")
+    said = page.index('classList.replace("no-js", "js")')
+    assert page.index("__md_scope=") < said < page.index("<body")
