@@ -82,7 +82,7 @@ def head(
             name = f"{proof['oracle']} {proof['version']}"
             equal[name] = max(equal.get(name, 0.0), proof["difference"])
     if equal:
-        compared = ", ".join(f"{name} to {difference:.0e}" for name, difference in equal.items())
+        compared = ", ".join(f"{name} {within(difference)}" for name, difference in equal.items())
         about.append(f"Equal to {compared}.")
     if entry and not entry["error"]:
         about.append(f"{entry['assertions']} assertions held in this build.")
@@ -90,6 +90,10 @@ def head(
     lines = [line for text in given for line in (text, "{ .fp-given }", "")]
     lines += [" ".join(about), "{ .fp-proves }", ""] if about else []
     return block("fp-head", [*lines, " · ".join(links), "{ .fp-links }"])
+
+
+def within(difference: float) -> str:
+    return f"to {difference:.0e}" if difference else "to the bit"
 
 
 def foot(page: Page, packages: dict[str, str], origin: Origin, links: list[str]) -> str:
@@ -167,7 +171,7 @@ def studies(page: Page, topic: str, site: "Site") -> str:
             said = [html.escape(study["facts"].get(name, "")) for name in columns]
             last = [key_points(page, other, site), equal_to(other, site)]
             shown = last if number == 0 else ["", ""]
-            year = str(other.meta.get("year", ""))
+            year = str(study.get("year") or other.meta.get("year", ""))
             rows.append([f"[{html.escape(study['study'])}]({link})", year, *said, *shown])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -187,4 +191,4 @@ def equal_to(other: Page, site: "Site") -> str:
     found = [proof for proof in site.proofs if proof["page"] == other.source]
     names = sorted({f"{proof['oracle']} {proof['version']}" for proof in found})
     worst = max((proof["difference"] for proof in found), default=0.0)
-    return f"{', '.join(names)}, to {worst:.0e}" if found else ""
+    return f"{', '.join(names)}, {within(worst)}" if found else ""

@@ -253,18 +253,20 @@ def test_of(module: str) -> str:
 
 
 def proofs_table(page: Page, site: Site) -> str:
+    """The numbers stand first: a phone shows them without scrolling."""
     up = "../" * page.source.count("/")
-    rows = ["| Page | Module | Oracle | Configuration | Largest difference | Tolerance | Effect |"]
-    rows.append("|---|---|---|---|--:|--:|--:|")
+    titles = {other.source: facts.title(other) for other in site.pages}
+    rows = ["| Page | Difference | Tolerance | Effect | Oracle | Configuration | Module |"]
+    rows.append("|---|--:|--:|--:|---|---|---|")
     for proof in site.proofs:
         stem = proof["page"].rpartition(".")[0]
         config = ", ".join(f"{key}={value}" for key, value in proof["config"].items())
         cells = [
-            f"[{stem}]({up}{stem}.{site.suffixes[stem]})",
-            f"`{proof['module']}`" if proof["module"] else "–",
+            f"[{titles[proof['page']]}]({up}{stem}.{site.suffixes[stem]})",
+            *(f"{proof[key]:.2g}" for key in ("difference", "tolerance", "effect")),
             f"{proof['oracle']} {proof['version']}",
             html.escape(config).replace("|", "\\|"),
-            *(f"{proof[key]:.2g}" for key in ("difference", "tolerance", "effect")),
+            f"`{proof['module']}`" if proof["module"] else "–",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -13,6 +13,8 @@ SHOTS = ROOT / "build/screenshots"
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text("utf-8")
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 COLOURS = ["color-contrast", "link-in-text-block"]  # all that another scheme can change
+# What a phone can change of a page; the rest, such as the drawer's, is the same on all of a folder.
+NARROW = ["scrollable-region-focusable", "target-size"]
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 SCHEMES = {"light": "default", "dark": "slate"}
 # A page has thousands of coloured words and of pieces of formulas, which take axe ten seconds.
@@ -101,7 +103,9 @@ def look(browser, base: str, pages: list[str], scheme: str, shots: Path) -> list
     """What is wrong with the pages in each of `SIZES`; a picture of its top goes into `shots`."""
     context = browser.new_context(color_scheme=scheme, reduced_motion="reduce")
     tab, troubles = watched(context, base)
+    folders = set()
     for name in pages:
+        folder = name.rpartition("/")[0]
         for size, (width, height) in SIZES.items():
             tab.set_viewport_size({"width": width, "height": height})
             if size == "desktop":
@@ -110,7 +114,8 @@ def look(browser, base: str, pages: list[str], scheme: str, shots: Path) -> list
             if wide > width:
                 troubles.append(f"{name}: scrolls sideways by {wide - width} px, {size}")
             tab.screenshot(path=shots / picture(name, size, scheme), quality=80)
-            runs = [(RULES, COLOURS, False)] if scheme == "light" else []
+            rules = NARROW if size == "phone" and folder in folders else RULES
+            runs = [(rules, COLOURS, False)] if scheme == "light" else []
             if size == "desktop":  # a phone has a desk's colours, the dark the light's boxes
                 tab.evaluate(AXE)
                 tab.evaluate(THIN)
@@ -119,6 +124,7 @@ def look(browser, base: str, pages: list[str], scheme: str, shots: Path) -> list
             for run in runs:
                 found = tab.evaluate(RUN_AXE, run)
                 troubles += [f"{name}: axe {rule}: {places}" for rule, places in found]
+        folders.add(folder)
         shown = tab.evaluate("document.body.getAttribute('data-md-color-scheme')")
         if shown != SCHEMES[scheme]:
             troubles.append(f"{name}: colour scheme {shown}")

@@ -36,6 +36,13 @@ def test_no_formula_is_left_as_tex(site):
     assert left == []
 
 
+def test_no_output_is_an_object_that_says_nothing(site):
+    """A cell that ends in `axis.legend()` shows what that returns."""
+    said = re.compile(r"&lt;[\w. ]+ at 0x|&lt;(function|generator|matplotlib)\b")
+    bare = [p for p in site.rglob("*.html") if said.search(p.read_text())]
+    assert bare == []
+
+
 def test_every_page_fails_when_its_module_is_one_percent_off(tmp_path):
     """A hidden first cell scales all that the page's module computes."""
     for name in ("site_src", "snippets", "tests", "mkdocs.yml"):

@@ -53,13 +53,13 @@ def in_order(topics: dict[str, list[str]], pages: list[str]) -> dict[str, list[s
     return dict(sorted(ordered.items(), key=lambda item: rank(item[1][0])))
 
 
-def with_topics(nav, topics: list[str]):
+def with_topics(nav, titles: dict[str, str]):
     """The navigation with the topics' pages below the index."""
     if isinstance(nav, list):
-        return [with_topics(item, topics) for item in nav]
+        return [with_topics(item, titles) for item in nav]
     if isinstance(nav, dict):
-        return {title: with_topics(item, topics) for title, item in nav.items()}
-    return [INDEX, *({title(topic): address(topic)} for topic in topics)] if nav == INDEX else nav
+        return {name: with_topics(item, titles) for name, item in nav.items()}
+    return [INDEX, *({t: address(topic)} for topic, t in titles.items())] if nav == INDEX else nav
 
 
 def address(topic: str) -> str:
@@ -72,8 +72,11 @@ def topic_of(name: str) -> str:
     return found[1] if found else ""
 
 
-def title(topic: str) -> str:
-    return topic.replace("_", " ").capitalize()
+def title(topic: str, docs: Path) -> str:
+    """What the topic's own pages call it; a folder without pages is called by its name."""
+    index = docs / topic / "index.md"
+    data = meta.get_data(index.read_text("utf-8"))[1] if index.is_file() else {}
+    return data.get("title") or topic.replace("_", " ").capitalize()
 
 
 def description(topic: str, group: list[str]) -> str:
@@ -98,10 +101,10 @@ def heading(page: File) -> str:
     return data.get("title") or (first[1] if first else Path(page.src_uri).stem)
 
 
-def index_page(root: Path, topics: dict[str, list[str]]) -> str:
+def index_page(root: Path, topics: dict[str, list[str]], titles: dict[str, str]) -> str:
     parts = [HEAD]
     for topic, group in topics.items():
-        parts.append(f"## [{title(topic)}]({topic}.md)\n")
+        parts.append(f"## [{titles[topic]}]({topic}.md)\n")
         for module in group:
             name, about = module.partition("/")[2], summary(root / f"snippets/{module}.py")
             link = f"[`{name}`]({topic}.md#snippets.{module.replace('/', '.')})"
@@ -110,15 +113,18 @@ def index_page(root: Path, topics: dict[str, list[str]]) -> str:
     return "\n".join(parts)
 
 
-def topic_page(root: Path, topic: str, group: list[str], pages: dict[str, File], edit: str) -> str:
+def topic_page(
+    root: Path, topic: str, name: str, group: list[str], pages: dict[str, File], edit: str
+) -> str:
     """`edit` begins the addresses where files are edited; empty where that's unknown."""
-    data = {"title": f"{title(topic)}: API", "description": description(topic, group)}
+    data = {"title": f"{name}: API", "description": description(topic, group)}
     data["search"] = {"boost": 0.3}
-    parts = [f"---\n{yaml.safe_dump(data, width=1000)}---\n\n# {title(topic)}\n"]
+    parts = [f"---\n{yaml.safe_dump(data, width=1000)}---\n\n# {name}: API\n"]
+    parts.append(f"{data['description'].partition(':')[0]}.\n")
     for module in group:
-        name = f"snippets.{module.replace('/', '.')}"
+        path = f"snippets.{module.replace('/', '.')}"
         label = module.partition("/")[2]
-        parts.append(f'## `{name}` {{ #{name} .api-module data-toc-label="{label}" }}\n')
+        parts.append(f'## `{path}` {{ #{path} .api-module data-toc-label="{label}" }}\n')
         about = []
         if module in pages:
             page = pages[module]
@@ -126,7 +132,7 @@ def topic_page(root: Path, topic: str, group: list[str], pages: dict[str, File],
         if edit:
             about.append(f"[Edit this module]({edit}snippets/{module}.py).")
         parts.append(f"{' '.join(about)}\n")
-        parts.append(f"::: {name}\n")
+        parts.append(f"::: {path}\n")
         parts.append(folded(root / f"snippets/{module}.py", f"snippets/{module}.py"))
     return "\n".join(parts)
 
@@ -141,8 +147,12 @@ def folded(path: Path, name: str) -> str:
 def on_config(config):
     signatures.install()
     topics = in_order(modules(Path(config.config_file_path).parent), stems(config.nav))
-    config.nav = with_topics(config.nav, list(topics))
+    config.nav = with_topics(config.nav, named(topics, config))
     return config
+
+
+def named(topics, config) -> dict[str, str]:
+    return {topic: title(topic, Path(config.docs_dir)) for topic in topics}
 
 
 def on_files(files, config):
@@ -152,9 +162,10 @@ def on_files(files, config):
     edit = ""
     if config.repo_url and config.edit_uri:
         edit = urljoin(f"{config.repo_url.rstrip('/')}/", f"{config.edit_uri}../")
-    files.append(File.generated(config, INDEX, content=index_page(root, topics)))
+    titles = named(topics, config)
+    files.append(File.generated(config, INDEX, content=index_page(root, topics, titles)))
     for topic, group in topics.items():
-        content = topic_page(root, topic, group, pages, edit)
+        content = topic_page(root, topic, titles[topic], group, pages, edit)
         files.append(File.generated(config, address(topic), content=content))
     return files
 

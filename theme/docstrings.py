@@ -9,14 +9,13 @@ AXES = re.compile(r"^Axes: *(.+(?:\n.+)*)", re.MULTILINE)
 
 class Docstrings(griffe.Extension):
     def on_attribute(self, *, attr: griffe.Attribute, **kwargs) -> None:
-        """Submodules and constants explain themselves in the source, or have a docstring.
-
-        The fields of a configuration are the exception: its users need all of them.
-        """
-        if not attr.docstring and not is_field(attr):
+        """Submodules, constants, fields: without a docstring a signature or the source says all."""
+        if not attr.docstring and "property" not in attr.labels:
             attr.public = False
 
     def on_function(self, *, func: griffe.Function, **kwargs) -> None:
+        if func.name == "__post_init__":  # nobody calls it; what it refuses its class says
+            func.public = False
         for parameter in func.parameters:
             parameter.annotation = as_written(parameter.annotation)
         func.returns = as_written(func.returns)
@@ -27,10 +26,6 @@ class Docstrings(griffe.Extension):
             mod.docstring.value = AXES.sub(
                 lambda match: f"**Axes:** {' '.join(match[1].split())}", mod.docstring.value
             )
-
-
-def is_field(attr: griffe.Attribute) -> bool:
-    return attr.parent.is_class and "dataclass" in attr.parent.labels
 
 
 def as_written(annotation):

@@ -116,7 +116,9 @@ def markdown(entries: list[Entry], titles: dict[str, str]) -> str:
         link = f"[{titles[entry.stem]}]({address})"
         lines.append(f"{entry.term}{also} {{ #{entry.anchor} }}")
         lines.append(f":   {entry.says} Explained in {link}.\n")
-    return "\n".join(lines)
+    letters = [line.removeprefix("## ").strip() for line in lines if line.startswith("## ")]
+    jumps = " · ".join(f"[{letter}](#{letter.lower()})" for letter in letters)
+    return "\n".join([f"{jumps}\n", *lines])
 
 
 def marked(html: str, find: Finder, glossary: str) -> tuple[str, set[str]]:

@@ -4,6 +4,7 @@ A number on a page is worth what could have made it differ. So `parity` wants to
 output without the taught feature too, and refuses a comparison that could not have failed.
 """
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -106,10 +107,21 @@ def rejects(check: Callable[[Any], object], *, right: Any, wrong: Any, mistake: 
     try:
         check(wrong)
     except AssertionError as error:
-        said = (str(error).strip() or "assertion failed").splitlines()[0]
+        said = reason(error)
     else:
         raise AssertionError(f"the check doesn't see the mistake: {mistake}")
     show(f"caught: {mistake} ({said})", {"mistake": mistake})
+
+
+def reason(error: AssertionError) -> str:
+    """The first line of what it says; of torch's comparisons the line with the numbers."""
+    lines = str(error).strip().splitlines() or ["assertion failed"]
+    numbers = [line for line in lines[1:] if line.startswith(("Greatest absolute", "Expected "))]
+    if not numbers:
+        return lines[0]
+    text = re.sub(r" at index .*|\.$", "", numbers[0])
+    text = re.sub(r"\d+\.\d{3,}(e[+-]\d+)?", lambda number: f"{float(number[0]):.2g}", text)
+    return text[0].lower() + text[1:]
 
 
 def show(line: str, record: dict) -> None:

@@ -15,12 +15,13 @@ from snippets.common.proof import show
 CONTEXT = 32768  # tokens in the cache
 
 
-def study(name: str, model: nn.Module) -> None:
+def study(name: str, model: nn.Module, *, year: int | None = None) -> None:
     """Add a full-size model to the table of models; prints one line.
 
     Args:
         name: of the checkpoint, "Mistral 7B".
         model: on the meta device: shapes without memory.
+        year: of its report, where that isn't the page's.
 
     Raises:
         ValueError: the model holds memory, or its config lacks what the table shows.
@@ -44,7 +45,8 @@ def study(name: str, model: nn.Module) -> None:
     }
     facts = {key: str(value) for key, value in facts.items()}
     show(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}",
-         {"study": name, "facts": facts, "counted": counted(model, kept)})  # fmt: skip
+         {"study": name, "year": year, "facts": facts, "counted": counted(model, kept)}
+         )  # fmt: skip
 
 
 def counted(model: nn.Module, kept: float) -> dict[str, Any]:

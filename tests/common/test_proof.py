@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 
-from snippets.common.proof import parity, rejects
+from snippets.common.proof import parity, reason, rejects
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -75,9 +75,22 @@ def equals_x(candidate):
 
 
 def test_a_planted_mistake_must_fail_the_check(capsys):
-    rejects(equals_x, right=X, wrong=X * 2, mistake="doubled")
-    assert capsys.readouterr().out.startswith("caught: doubled (Tensor-likes are not close!)")
+    rejects(equals_x, right=X, wrong=X + 0.5, mistake="moved")
+    assert capsys.readouterr().out == "caught: moved (greatest absolute difference: 0.5)\n"
     with pytest.raises(AssertionError, match="doesn't see the mistake: nothing"):
         rejects(equals_x, right=X, wrong=X.clone(), mistake="nothing")
     with pytest.raises(AssertionError, match="not close"):
         rejects(equals_x, right=X * 2, wrong=X * 3, mistake="right is wrong")
+
+
+def test_the_reason_is_the_line_with_the_numbers():
+    def said(a, b):
+        with pytest.raises(AssertionError) as caught:
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b))
+        return reason(caught.value)
+
+    assert said([1.0, 2.0], [1.0, 2.0123456]) == "greatest absolute difference: 0.012"
+    assert said([1.0], [3e9]) == "greatest absolute difference: 3000000000.0"
+    assert said(1.0, 1.5) == "expected 1.5 but got 1.0"
+    assert reason(AssertionError("off by 0.25\nmore")) == "off by 0.25"
+    assert reason(AssertionError()) == "assertion failed"

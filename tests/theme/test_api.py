@@ -119,20 +119,37 @@ def test_topics_follow_the_navigation(tmp_path):
     nav = [{"Home": "index.md"}, {"T": ["b/two.ipynb", "b/one.md", {"A": ["a/x.md"]}]}]
     topics = api.in_order(api.modules(tmp_path), stems(nav))
     assert topics == {"b": ["b/two", "b/one"], "a": ["a/x"], "common": ["common/proof"]}
-    added = api.with_topics([*nav, {"API": api.INDEX}], list(topics))
-    pages = {name.capitalize(): f"reference/api/{name}.md" for name in ("b", "a", "common")}
+    (tmp_path / "docs/a").mkdir(parents=True)
+    (tmp_path / "docs/a/index.md").write_text("---\ntitle: Alpha\n---\n\n# All of them\n")
+    titles = {topic: api.title(topic, tmp_path / "docs") for topic in topics}
+    added = api.with_topics([*nav, {"API": api.INDEX}], titles)
+    pages = {"B": "b", "Alpha": "a", "Common": "common"}
+    pages = {name: f"reference/api/{file}.md" for name, file in pages.items()}
     assert added == [*nav, {"API": [api.INDEX, *({k: v} for k, v in pages.items())]}]
 
 
-def test_fields_of_a_configuration_are_shown_but_not_a_modules_parts(tmp_path):
+def test_what_the_source_or_a_signature_says_has_no_entry_of_its_own(tmp_path):
     (tmp_path / "topic.py").write_text(
         '"""A module.\n\nAxes: b batch,\n      t token.\n"""\n'
         "from dataclasses import dataclass\nLIMIT = 3\n\n"
-        "@dataclass(frozen=True)\nclass Config:\n    size: int = 4\n\n"
+        "@dataclass(frozen=True)\nclass Config:\n    size: int = 4\n"
+        "    def __post_init__(self):\n        assert self.size\n"
+        '    most: int = 9\n    """Of all."""\n\n'
         "class Layer:\n    def __init__(self):\n        self.weight = 1\n"
     )
     extension = griffe.load_extensions(str(ROOT / "theme/docstrings.py"))
     module = griffe.load("topic", search_paths=[tmp_path], extensions=extension)
-    assert module["Config.size"].is_public
-    assert not module["LIMIT"].is_public and not module["Layer.weight"].is_public
+    for name in ("LIMIT", "Layer.weight", "Config.size", "Config.__post_init__"):
+        assert not module[name].is_public, name
+    assert module["Config.most"].is_public
+    assert [p.name for p in module["Config"].parameters] == ["self", "size", "most"]
     assert module.docstring.value.endswith("**Axes:** b batch, t token.")
+
+
+def test_the_fields_of_a_configuration_stand_in_its_signature(site):
+    page = page_of(site, "models/mistral").partition('id="snippets.models.mistral.MistralConfig"')[
+        2
+    ]
+    signature = re.search(r'class="doc-signature highlight">.*?</pre>', page, re.DOTALL)[0]
+    text = html.unescape(re.sub(r"<[^>]+>", "", signature))
+    assert "sliding_window: int" in text and "rope_theta: float" in text  # the latter is Llama's

@@ -74,7 +74,8 @@ def test_nothing_moves_while_a_page_loads(loaded):
 
 
 def test_a_move_would_be_seen(browser, tmp_path):
-    late = "<p id=p>text</p><script>setTimeout(() => p.before('late'), 200)</script>"
+    soon = "requestAnimationFrame(() => setTimeout(() => p.before('late'), 200))"  # it was painted
+    late = f"<p id=p>text</p><script>onload = () => requestAnimationFrame(() => {soon})</script>"
     (tmp_path / "a.html").write_text(f"<!doctype html>{late}")
     with served(tmp_path, Zipped) as base:
         tab = browser.new_page()
