@@ -265,7 +265,9 @@ def test_what_is_unfolded_is_reached_by_keyboard(phone, address):
 
 def test_results_and_signatures_have_no_button_to_copy(site):
     for page in ("attention/gqa.html", "reference/api/attention.html"):
-        for pre in re.findall(r"<div[^>]*>\s*<pre>.*?<code", (site / page).read_text(), re.DOTALL):
+        found = re.findall(r"<div[^>]*>\s*<pre>.*?<code", (site / page).read_text(), re.DOTALL)
+        assert len(found) > 20
+        for pre in found:
             code = "no-copy" not in pre and "doc-signature" not in pre
             assert ("data-clipboard-target" in pre) == code, pre
 
