@@ -31,8 +31,8 @@ SECOND_FILES = {
     "reference/roofline": "reference/calculators",
 }
 ALLOWED = {
-    "torch", "jaxtyping", "snippets", "collections", "dataclasses", "functools", "math", "pathlib",
-    "typing", "warnings",
+    "torch", "jaxtyping", "snippets", "collections", "contextlib", "dataclasses", "functools",
+    "math", "pathlib", "typing", "warnings",
 }  # fmt: skip
 MODULES = sorted(
     path.relative_to(ROOT / "snippets").with_suffix("").as_posix()

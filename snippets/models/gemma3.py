@@ -217,6 +217,8 @@ class Gemma3Model(nn.Module):
 class Gemma3(nn.Module):
     """A Gemma 3 that gives logits; parameters are named as in published checkpoints."""
 
+    tied_product = staticmethod(F.linear)  # `onednn_products` puts a faster one in its place
+
     def __init__(self, config: Gemma3Config):
         super().__init__()
         self.config = config
@@ -244,8 +246,9 @@ class Gemma3(nn.Module):
 
     def head(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Logits of hidden states behind the last norm."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(x, head.weight)
+        if self.config.tie_word_embeddings:
+            return self.tied_product(x, self.model.embed_tokens.weight)
+        return self.lm_head(x)
 
     def new_cache(self) -> KVCache:
         """An empty cache, for one batch of prompts; layers with a window keep no more than it."""

@@ -172,6 +172,8 @@ class GPT2Model(nn.Module):
 class GPT2(nn.Module):
     """A GPT-2 that gives logits; parameters are named as transformers saves them."""
 
+    tied_product = staticmethod(F.linear)  # `onednn_products` puts a faster one in its place
+
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
@@ -197,8 +199,9 @@ class GPT2(nn.Module):
                 padding included, are more than there are positions.
         """
         x = self.transformer(input_ids, attention_mask, cache)
-        head = self.transformer.wte if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(x, head.weight)
+        if self.config.tie_word_embeddings:
+            return self.tied_product(x, self.transformer.wte.weight)
+        return self.lm_head(x)
 
     def new_cache(self) -> KVCache:
         """An empty cache, for one batch of prompts."""

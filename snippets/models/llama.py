@@ -153,7 +153,8 @@ class LlamaModel(nn.Module):
         """The same of tokens that are embedded already, of which some may be no words."""
         positions, mask = places(x, attention_mask, 0 if cache is None else cache.length)
         rotation = self.rotation(positions, x.dtype)
-        for number, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        numbers = range(self.config.num_hidden_layers)
+        for number, layer in zip(numbers, self.layers, strict=False):  # behind them may be others
             x = layer(x, rotation, mask, None if cache is None else cache[number])
         return self.norm(x)
 
@@ -173,6 +174,7 @@ class Llama(nn.Module):
     config_class = LlamaConfig
     layer_class = LlamaLayer
     model_types: tuple[str, ...] = ("llama",)
+    tied_product = staticmethod(F.linear)  # `onednn_products` puts a faster one in its place
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -201,8 +203,9 @@ class Llama(nn.Module):
 
     def head(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
         """Logits of hidden states behind the last norm."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(x, head.weight)
+        if self.config.tie_word_embeddings:
+            return self.tied_product(x, self.model.embed_tokens.weight)
+        return self.lm_head(x)
 
     def new_cache(self) -> KVCache:
         """An empty cache, for one batch of prompts."""
