@@ -17,6 +17,7 @@ from playwright.sync_api import expect
 from site_build.flatten import flatten
 from site_build.forkserver import ForkServer
 from site_build.pages import read_page
+from tests.carry_alone import same
 from tests.conftest import shared
 from tests.examples import NAMES
 from tests.test_layout import MODULES
@@ -57,14 +58,11 @@ def run_examples(folder: Path) -> None:
         path = folder / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(flatten(ROOT, f"snippets/{name}.py"))
-    running = []
-    for kind, source in zip(KINDS, (ROOT, folder), strict=True):
-        script, target = ROOT / "tests/carry_alone.py", folder / f"{kind}.pt"
-        command = [sys.executable, "-I", script, source, target]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder))
-    for process in running:
-        _, said = process.communicate()
-        assert process.returncode == 0, said
+    original, one = (folder / f"{kind}.pt" for kind in KINDS)
+    for source, target, beside in ((folder, one, ()), (ROOT, original, (one,))):
+        command = [sys.executable, "-I", ROOT / "tests/carry_alone.py", source, target, *beside]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("module", [module for module in CARRIED if module not in KERNELS])
@@ -80,15 +78,6 @@ def test_one_file_alone_gives_the_same_to_the_bit(module, results):
                 pytest.fail(f"{way}: {str(ours)[:200]} is not {str(theirs)[:200]}")
     tensors = [v for outputs in one["float32"] for v in outputs if isinstance(v, torch.Tensor)]
     assert tensors and all(t.double().std() > 0 for t in tensors if t.numel() > 1)
-
-
-def same(ours, theirs) -> bool:
-    """To the bit; an error is the same when it has the same type."""
-    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return type(ours) is type(theirs) and ours == theirs
 
 
 def test_most_examples_work_in_every_way(results):
@@ -167,8 +156,8 @@ WHERE = "import snippets\nprint('snippets from', snippets.__path__[0])"
 # Big packages that many pages import, loaded once for all of them.
 PRELOAD = ["torch", "matplotlib.pyplot", "jaxtyping", "transformers", "peft"]
 PRELOAD += ["transformers.models.llama.modeling_llama"]
-# Readers have Jupyter's kernel. It takes seconds to start, and these show that it does the same.
-IN_A_KERNEL = ["attention/gqa.md", "foundations/optimizers.ipynb"]
+# Readers have Jupyter's kernel. It takes seconds to start, and this shows that it does the same.
+IN_A_KERNEL = ["attention/gqa.md"]
 
 
 @pytest.fixture(scope="module")

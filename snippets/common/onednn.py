@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
 
 @contextmanager
 def onednn_products(model: nn.Module) -> Iterator[list[nn.Module]]:
@@ -50,8 +52,7 @@ def product(
     bias: Float[Tensor, " o"] | None = None,
 ) -> Float[Tensor, "*rows o"]:
     """x W^T + bias; by oneDNN in float32 on the CPU, when no gradient can be asked for."""
-    known = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    known = known and torch.backends.mkldnn.is_available()
+    known = ONEDNN and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     # Of a wrong size, torch's error tells; oneDNN's doesn't.
     if torch.is_grad_enabled() or not known or x.shape[-1:] != weight.shape[1:]:
         return F.linear(x, weight, bias)
