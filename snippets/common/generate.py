@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from snippets.common.onednn import onednn_products
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     input_ids: Int[Tensor, "b t"],
@@ -29,8 +28,8 @@ def generate(
 ) -> Int[Tensor, "b tn"]:
     """The prompts with what the model writes after each, at most `max_new_tokens`.
 
-    Meanwhile the model's linear layers multiply as `onednn_products` has them, which is faster
-    in float32 on many CPUs.
+    Meanwhile the model's linear layers multiply as `onednn_products` has them: the same sums
+    in another order.
 
     Args:
         model: has `new_cache()` and `model(input_ids=, attention_mask=, cache=)`.
@@ -61,7 +60,7 @@ def generate(
     ends = torch.tensor(ends, dtype=input_ids.dtype, device=input_ids.device)
     running = torch.ones_like(input_ids[:, 0], dtype=torch.bool)  # b
     cache, new, seen = model.new_cache(), input_ids, images or {}
-    with onednn_products(model):
+    with torch.inference_mode(), onednn_products(model):
         for _ in range(max_new_tokens):
             given = {"attention_mask": attention_mask, "cache": cache, **seen}
             logits, seen = model(input_ids=new, **given)[:, -1], {}  # b v
@@ -73,7 +72,7 @@ def generate(
             running &= ~torch.isin(new[:, 0], ends)
             if not running.any():
                 break
-    return input_ids
+    return input_ids.clone()  # what inference mode made can't be trained on, a copy can
 
 
 def next_token(

@@ -52,9 +52,15 @@ def product(
     bias: Float[Tensor, " o"] | None = None,
 ) -> Float[Tensor, "*rows o"]:
     """x W^T + bias; by oneDNN in float32 on the CPU, when no gradient can be asked for."""
-    known = ONEDNN and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    known = ONEDNN and fits(x) and fits(weight)
     # Of a wrong size, torch's error tells; oneDNN's doesn't.
     if torch.is_grad_enabled() or not known or x.shape[-1:] != weight.shape[1:]:
         return F.linear(x, weight, bias)
     # What torch.compile puts in place of `F.linear` on CPUs; it has no public name.
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def fits(tensor: Tensor) -> bool:
+    """Plain float32 on the CPU: a subclass of Tensor, say a quantized one, has its own product."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"

@@ -159,6 +159,15 @@ def test_it_keeps_no_gradients(models):
     assert recording == [False, False] and torch.is_grad_enabled()
 
 
+def test_what_is_written_can_be_trained_on(models):
+    ours, _ = models
+    ids, _ = prompts(padded=False)
+    written = generate(ours, ids, max_new_tokens=2)
+    weight = torch.randn(V, 5, requires_grad=True)
+    torch.nn.functional.embedding(written, weight).sum().backward()  # keeps the ids
+    assert_close(weight.grad[:, 0], written.flatten().bincount(minlength=V).float())
+
+
 # Sampling
 
 DRAWS = 20_000

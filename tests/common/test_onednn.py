@@ -7,11 +7,14 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.testing import assert_close
 
+from snippets.common import onednn
 from snippets.common.generate import generate
 from snippets.common.onednn import onednn_products, product
+from snippets.models.gemma3 import Gemma3, Gemma3Config
+from snippets.models.gpt2 import GPT2, GPT2Config
 from snippets.models.llama import Llama, LlamaConfig
 
-ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+ONEDNN = pytest.mark.skipif(not onednn.ONEDNN, reason="no oneDNN")
 
 
 class Other(nn.Linear):
@@ -54,11 +57,8 @@ def test_it_stands_under_the_layers_that_it_fits(model):
             ran = products(lambda name=name: model[name](x))
             assert ran == ["mkldnn::_linear_pointwise"]
         assert products(lambda: model["other"](x)) == ["aten::linear"]
-        for name, given in {
-            "short": x.bfloat16(),
-            "long": x.double(),
-            "away": x.to("meta"),
-        }.items():
+        others = {"short": x.bfloat16(), "long": x.double(), "away": x.to("meta")}
+        for name, given in others.items():
             ran = products(lambda name=name, given=given: model[name](given))
             assert ran == ["aten::linear"], name
     assert products(lambda: model["plain"](x)) == ["aten::linear"]
@@ -84,8 +84,7 @@ def test_it_gives_the_same(model, name, shape):
 @torch.no_grad()
 def test_views_are_multiplied_as_what_they_show():
     x = torch.randn(3, 14, 4).transpose(1, 2)[..., ::2]
-    weight = torch.randn(14, 10).T[:, ::2]
-    weight = weight[::2]
+    weight = torch.randn(14, 10).T[::2, ::2]
     assert not x.is_contiguous() and not weight.is_contiguous()
     assert_close(product(x, weight), F.linear(x, weight))
 
@@ -100,6 +99,29 @@ def test_what_else_is_multiplied_stays_with_torch():
             assert torch.equal(layer(x), expected) and expected.dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="same dtype"), onednn_products(layer):
         layer(x)
+
+
+class Negative(torch.Tensor):
+    """A weight that multiplies in its own way, as quantized ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, given=(), named=None):
+        plain = [x.as_subclass(torch.Tensor) if isinstance(x, cls) else x for x in given]
+        result = function(*plain, **(named or {}))
+        return -result if function is F.linear else result
+
+
+@torch.no_grad()
+def test_a_weight_of_another_class_keeps_its_product():
+    x, weight = torch.randn(2, 7), torch.randn(5, 7)
+    own = weight.as_subclass(Negative)
+    assert_close(product(x, own), -F.linear(x, weight))
+
+
+@torch.no_grad()
+def test_a_weight_on_another_device_gets_torchs_error(model, unchecked):
+    with pytest.raises(RuntimeError, match="device"), onednn_products(model):
+        model["away"](torch.randn(2, 7))
 
 
 def test_gradients_are_torchs(model):
@@ -141,13 +163,31 @@ def test_hooks_run_and_new_weights_are_read(model):
     assert_close(found, x.sum(-1, keepdim=True) + layer.bias)
 
 
-@ONEDNN
-@pytest.mark.parametrize("tied", [True, False])
-def test_generate_writes_with_it(tied):
+def llama(tied: bool) -> Llama:
     sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Llama(LlamaConfig(**sizes, tie_word_embeddings=tied))
-    ids = torch.randint(31, (1, 5))
+    return Llama(LlamaConfig(**sizes, tie_word_embeddings=tied))
+
+
+def gemma3(tied: bool) -> Gemma3:
+    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    return Gemma3(Gemma3Config(**sizes, tie_word_embeddings=tied))
+
+
+def gpt2(tied: bool) -> GPT2:
+    sizes = {"vocab_size": 31, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    return GPT2(GPT2Config(**sizes, tie_word_embeddings=tied))
+
+
+@ONEDNN
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("make", [llama, gemma3, gpt2])
+def test_generate_writes_with_it(make, tied):
+    model, ids = make(tied), torch.randint(31, (1, 5))
     ran = products(lambda: generate(model, ids, max_new_tokens=3))
-    # Of each layer seven, and the head, at each step.
-    assert ran == ["mkldnn::_linear_pointwise"] * 3 * (2 * 7 + 1)
+    head = "mkldnn::_linear_pointwise"
+    if make is gpt2:  # its layers are no `nn.Linear`
+        assert ran == (["aten::linear"] * 2 * 4 + [head]) * 3
+    else:  # of each layer seven, and the head, at each step
+        assert ran == [head] * 3 * (2 * 7 + 1)
