@@ -99,8 +99,14 @@ def lesson(site) -> str:
     return max(pages, key=lambda p: p.stat().st_size).relative_to(site).as_posix()
 
 
-def look(browser, base: str, pages: list[str], scheme: str, shots: Path) -> list[str]:
-    """What is wrong with the pages in each of `SIZES`; a picture of its top goes into `shots`."""
+def look(
+    browser, base: str, pages: list[str], scheme: str, shots: Path, site: Path | None = None
+) -> list[str]:
+    """What is wrong with the pages in each of `SIZES`; a picture of its top goes into `shots`.
+
+    With `site`, the folder behind `base`, the pages that links lead to are looked at too, and
+    stand in `pages` then.
+    """
     context = browser.new_context(color_scheme=scheme, reduced_motion="reduce")
     tab, troubles = watched(context, base)
     folders = set()
@@ -110,6 +116,10 @@ def look(browser, base: str, pages: list[str], scheme: str, shots: Path) -> list
             tab.set_viewport_size({"width": width, "height": height})
             if size == "desktop":
                 tab.goto(base + name)
+                if site:
+                    inside = linked(tab, base)
+                    troubles += [f"{name}: no {n}" for n in inside if not (site / n).exists()]
+                    pages += sorted(n for n in inside - {*pages} if n.endswith(".html"))
             wide = tab.evaluate("document.documentElement.scrollWidth")
             if wide > width:
                 troubles.append(f"{name}: scrolls sideways by {wide - width} px, {size}")
@@ -132,17 +142,42 @@ def look(browser, base: str, pages: list[str], scheme: str, shots: Path) -> list
     return troubles
 
 
+def linked(tab, base: str) -> set[str]:
+    """What a page leads to below `base`."""
+    # By the attribute: of a link in a drawing, `href` is an object.
+    links = tab.evaluate(
+        "[...document.querySelectorAll('a[href]')]"
+        ".map(a => new URL(a.getAttribute('href'), location).href)"
+    )
+    return {a.removeprefix(base).partition("#")[0] for a in links if a.startswith(base)}
+
+
 def picture(name: str, size: str, scheme: str) -> str:
     return f"{name.removesuffix('.html').replace('/', '-')}-{size}-{scheme}.jpg"
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_address(browser, address, pages, scheme):
+@pytest.fixture(scope="session")
+def shots(pages) -> Path:
     SHOTS.mkdir(parents=True, exist_ok=True)
-    troubles = look(browser, address, pages, scheme, SHOTS)
     rows = [f"{p} " + " ".join(picture(p, z, s) for z in SIZES for s in SCHEMES) for p in pages]
     (SHOTS / "index.txt").write_text("\n".join(rows) + "\n")
+    return SHOTS
+
+
+def test_every_address(browser, address, pages, shots):
+    troubles = look(browser, address, pages, "light", shots)
     assert not troubles, "\n".join(troubles)
+
+
+def test_every_address_in_the_dark_as_links_lead_there_from_disk(
+    browser, address, site, pages, shots
+):
+    """At once, since it takes a visit to each page either way."""
+    reached = ["index.html"]
+    troubles = look(browser, f"{site.as_uri()}/", reached, "dark", shots, site)
+    troubles += look(browser, address, ["404.html"], "dark", shots)  # its links are absolute
+    assert not troubles, "\n".join(troubles)
+    assert sorted([*reached, "404.html"]) == pages
 
 
 def test_the_look_sees_what_is_wrong(browser, tmp_path):
@@ -192,28 +227,6 @@ def test_the_dark_mode_stays(tab, address, lesson):
     assert scheme() == after
     tab.goto(address + "index.html")
     assert scheme() == after
-
-
-def test_links_lead_on_from_disk(browser, site, pages):
-    base = f"{site.as_uri()}/"
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    tab, troubles = watched(context, base)
-    reached, waiting = set(), ["index.html"]
-    while waiting:
-        name = waiting.pop()
-        reached.add(name)
-        tab.goto(base + name)
-        # By the attribute: of a link in a drawing, `href` is an object.
-        links = tab.evaluate(
-            "[...document.querySelectorAll('a[href]')]"
-            ".map(a => new URL(a.getAttribute('href'), location).href)"
-        )
-        inside = {a.removeprefix(base).partition("#")[0] for a in links if a.startswith(base)}
-        assert inside <= {*pages, *(p.relative_to(site).as_posix() for p in site.rglob("*"))}
-        waiting += [n for n in inside if n.endswith(".html") and n not in {*reached, *waiting}]
-    context.close()
-    assert reached == set(pages) - {"404.html"}  # the server's page: its addresses are absolute
-    assert not troubles, "\n".join(troubles)
 
 
 def test_the_keyboard_shows_where_it_is(tab, address, lesson):
