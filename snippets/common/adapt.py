@@ -18,6 +18,8 @@ from torch import Tensor, nn
 Patterns = str | Collection[str]
 # Left out of "all-linear": the head, whose matrix is often the embedding's.
 HEADS = {"lm_head"}
+# Tables of token embeddings, whose matrix a tied head reads, too.
+TABLES = {"embed_tokens", "wte"}
 
 
 class Switched(nn.Module):
@@ -40,10 +42,14 @@ class Switched(nn.Module):
 
 
 class Retrained(Switched):
-    """A module trained whole: a copy of it, which stands in while `enabled` is true."""
+    """A module trained whole: a copy of it, which stands in while `enabled` is true.
 
-    def __init__(self, base_layer: nn.Module, *, name: str = "default"):
+    A head that is tied to a table keeps the frozen matrix, as with peft.
+    """
+
+    def __init__(self, base_layer: nn.Module, *, name: str = "default", is_table: bool = False):
         super().__init__(base_layer, name=name)
+        self.is_table = is_table
         source = base_layer.current if isinstance(base_layer, Retrained) else base_layer
         self.retrained = copy.deepcopy(source).requires_grad_(True)
 
@@ -58,8 +64,9 @@ class Retrained(Switched):
 
     @property
     def weight(self) -> Tensor:
-        """Of a head or an embedding, whose matrix models also read directly."""
-        return self.current.weight
+        """What models read without calling the module: a head's matrix, or what the head takes
+        of a table."""
+        return self.base_layer.weight if self.is_table else self.current.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -368,7 +375,9 @@ def install(
     if both := sorted(whole.keys() & layers.keys()):
         raise ValueError(f"{', '.join(both)}: adapted and trained whole at once")
     for path, module in whole.items():
-        put(model, path, Retrained(module, name=name).train(model.training))
+        is_table = path.rpartition(".")[2] in TABLES
+        retrained = Retrained(module, name=name, is_table=is_table)
+        put(model, path, retrained.train(model.training))
     for path, layer in layers.items():
         layer.trained_bias = bias
         put(model, path, layer.train(model.training))
@@ -458,8 +467,24 @@ def unmerge(model: nn.Module) -> None:
             layer.unmerge()
 
 
+def reads_table_as_head(model: nn.Module) -> bool:
+    """Whether the head is tied, and no module of its own."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    return tied and not any(path.rpartition(".")[2] in HEADS for path, _ in slots(model))
+
+
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """The model without adapters, their changes in its weights; names are as before any."""
+    """The model without adapters, their changes in its weights; names are as before any.
+
+    Raises:
+        ValueError: a layer can't be merged, or the table was trained but not the head tied to
+            it: the model has a place for one matrix, not for both.
+    """
+    if reads_table_as_head(model):
+        for path, layer in switched(model):
+            if isinstance(layer, Retrained) and layer.is_table and layer.enabled:
+                raise ValueError(f"{path}: trained without the head that is tied to it")
     merge(model)
     for path, layer in list(slots(model)):
         if isinstance(layer, Retrained):

@@ -6,6 +6,7 @@ queries and keys instead; its larger models have experts. Windows are possible a
 Axes: as in `snippets/models/llama.py`.
 """
 
+import warnings
 from dataclasses import dataclass
 
 from torch import nn
@@ -126,7 +127,7 @@ class Qwen3MoeConfig(Qwen3Config):
 
     head_dim: int | None = None
     num_key_value_heads: int | None = 4
-    max_window_layers: int = 0  # not a key of this family: a window is for all layers
+    max_window_layers: int = 0  # not a key of this family, though published files have it
     decoder_sparse_step: int = 1  # every so many-th layer has experts
     mlp_only_layers: list[int] | None = None  # but not these
     moe_intermediate_size: int = 768
@@ -137,6 +138,8 @@ class Qwen3MoeConfig(Qwen3Config):
 
     def __post_init__(self):
         super().__post_init__()
+        if set(self.layer_types or ()) - {KINDS[self.use_sliding_window]}:
+            raise ValueError(f"layer_types={self.layer_types}: all layers have the window, or none")
         if self.decoder_sparse_step < 1:
             raise ValueError(f"decoder_sparse_step={self.decoder_sparse_step} is below 1")
         if len({self.num_experts, self.num_local_experts} - {None}) > 1:
@@ -147,6 +150,15 @@ class Qwen3MoeConfig(Qwen3Config):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.experts}"
             )
+        if self.use_sliding_window and self.max_window_layers:
+            warnings.warn(
+                f"not read: max_window_layers={self.max_window_layers}; all layers have the window",
+                stacklevel=3,
+            )
+
+    def window(self, number: int) -> int | None:
+        """The same for all layers, as transformers has it; None: all tokens."""
+        return self.sliding_window if self.use_sliding_window else None
 
     @property
     def experts(self) -> int:

@@ -1,5 +1,7 @@
 """Qwen2, Qwen3 and its experts against transformers, through folders that transformers wrote."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -113,6 +115,20 @@ def test_both_spellings_of_the_experts_are_read(tmp_path):
     assert Qwen3Moe.from_pretrained(tmp_path).config.experts == 7
 
 
+def test_the_mixtures_windows_are_in_all_layers_and_the_key_that_is_not_read_is_named(tmp_path):
+    theirs = oracle("qwen3_moe", **WINDOWS)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="not read: max_window_layers=2"):
+        ours = Qwen3Moe.from_pretrained(tmp_path)
+    same_logits(ours, theirs, prompt(V, B, T))
+    assert [ours.config.window(number) for number in range(4)] == [W] * 4
+    # Published files hold the key and no window: nothing to report.
+    edit(tmp_path, use_sliding_window=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Qwen3Moe.from_pretrained(tmp_path).config.window(3) is None
+
+
 REFUSED = [
     ("qwen2", {"layer_types": TYPES[:3]}, "3 layer_types for 4 layers"),
     ("qwen2", {"layer_types": ["linear_attention"] * 4}, r"layer_types \['linear_attention'\]"),
@@ -120,6 +136,8 @@ REFUSED = [
     ("qwen2", {"mlp_bias": True}, "mlp_bias=True isn't supported"),
     ("qwen2", {"model_type": "qwen3"}, "model_type='qwen3'"),
     ("qwen3", {"hidden_act": "swish2"}, "hidden_act='swish2'"),
+    ("qwen3_moe", {"layer_types": TYPES}, r"layer_types=\[.*\]: all layers have the window, or"),
+    ("qwen3_moe", WINDOWS | {"layer_types": TYPES}, r"layer_types=\[.*\]: all layers have the"),
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 is below 1"),
     ("qwen3_moe", {"num_experts": 6}, "num_experts=6, num_local_experts=7"),
     ("qwen3_moe", {"num_experts_per_tok": 8}, "num_experts_per_tok=8 of num_experts=7"),

@@ -215,6 +215,38 @@ def test_on_llama(config, tmp_path):
         )
 
 
+WITH_TABLE = {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}
+TABLES = {
+    "LoRA": LoraConfig(**LORA, **WITH_TABLE),
+    "LoKr": LoKrConfig(r=2, alpha=7, **WITH_TABLE),
+    "VeRA": VeraConfig(r=6, **WITH_TABLE),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("config", TABLES.values(), ids=TABLES)
+def test_a_tied_head_keeps_the_frozen_table(config, tied, tmp_path):
+    """peft trains a copy of the table; a head that shares the matrix still has the old one."""
+    sizes = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=tied)
+    base = redraw(transformers.LlamaForCausalLM(sizes))
+    base.save_pretrained(tmp_path / "base")
+    theirs = quiet(trained_by_peft, base, config, tmp_path / "adapter", std=0.1)
+    ids = prompt(101, 2, 9)
+    ours = load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    expected = theirs(ids).logits
+    assert_close(ours(ids), expected)
+    save_adapter(ours, tmp_path / "ours")
+    assert_close(quiet(read_by_peft, base, tmp_path / "ours")(ids).logits, expected)
+    if not tied:
+        assert_close(merge_and_unload(ours)(ids), expected)
+        return
+    with pytest.raises(ValueError, match="embed_tokens: trained without the head that is tied"):
+        merge_and_unload(ours)
+    assert_close(ours(ids), expected)  # nothing is half merged
+    switch(ours)
+    assert_close(merge_and_unload(ours)(ids), base(ids).logits)
+
+
 # Names and patterns
 
 
