@@ -170,7 +170,7 @@ def studies(page: Page, topic: str, site: "Site") -> str:
         for number, study in enumerate(found or [{"study": title(other), "facts": {}}]):
             said = [html.escape(study["facts"].get(name, "")) for name in columns]
             last = [key_points(page, other, site), equal_to(other, site)]
-            shown = last if number == 0 else ["", ""]
+            shown = last if number == 0 else [text and "as above" for text in last]
             year = str(study.get("year") or other.meta.get("year", ""))
             rows.append([f"[{html.escape(study['study'])}]({link})", year, *said, *shown])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -58,6 +58,11 @@ MODELS = {
         Qwen3Moe,
         Qwen3MoeConfig(**GROUPED, **MOE, num_experts=8, decoder_sparse_step=2),
     ),
+    "Qwen3 MoE, windows": (
+        Qwen3Moe,
+        Qwen3MoeConfig(**GROUPED, **MOE, num_experts=8, use_sliding_window=True,
+                       sliding_window=9),
+    ),
     "Gemma 3": (Gemma3, Gemma3Config(**GROUPED, head_dim=14, sliding_window=9)),
     "Gemma 3, kinds": (
         Gemma3,

@@ -190,7 +190,8 @@ def qwen3_moe(config: dict) -> dict[str, Any]:
     step = config.get("decoder_sparse_step") or 1
     with_experts = [i for i in range(layers) if i not in skipped and (i + 1) % step == 0]
     d, h = config["hidden_size"], config["num_attention_heads"]
-    return qwen3(config) | {
+    # Published files have `max_window_layers`, too; a window is in all layers all the same.
+    return qwen3(config | {"max_window_layers": 0}) | {
         "head_dim": config.get("head_dim") or d // h,
         "num_experts": config.get("num_experts") or config["num_local_experts"],
         "experts_per_token": config["num_experts_per_tok"],

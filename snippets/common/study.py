@@ -26,17 +26,14 @@ def study(name: str, model: nn.Module, *, year: int | None = None) -> None:
     Raises:
         ValueError: the model holds memory, or its config lacks what the table shows.
     """
-    if any(weight.device.type != "meta" for weight in model.parameters()):
-        raise ValueError(f"{name} isn't on the meta device")
+    refuse_memory(name, model)
     kept = cache_bytes(model)
     facts = {
         "layers": layers(model),
         "width": first(model, "hidden_size", "n_embd"),
         "heads": heads(model),
         "positions": positions(model),
-        "norm": next(
-            type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Norm")
-        ),
+        "norm": norm(model),
         "activation": first(model, "hidden_act", "hidden_activation", "activation_function"),
         "experts": experts(model),
         "window": window(model),
@@ -47,6 +44,41 @@ def study(name: str, model: nn.Module, *, year: int | None = None) -> None:
     show(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}",
          {"study": name, "year": year, "facts": facts, "counted": counted(model, kept)}
          )  # fmt: skip
+
+
+def two_stack_study(name: str, model: nn.Module) -> None:
+    """Add a full-size encoder-decoder to the table of models; prints one line.
+
+    Its config says sizes only: sinusoids and ReLU aren't a choice. The cache is the decoder's
+    own, of the tokens it writes.
+
+    Args:
+        name: of the model, "Transformer base".
+        model: on the meta device, with `encoder`, `decoder` and `decode`.
+
+    Raises:
+        ValueError: the model holds memory.
+    """
+    refuse_memory(name, model)
+    facts = {
+        "layers": f"{len(model.encoder.layers)} + {len(model.decoder.layers)}",
+        "width": str(model.config.hidden_size),
+        "heads": heads(model),
+        "positions": "sinusoids",
+        "norm": norm(model),
+        "activation": "relu",
+        "experts": experts(model),
+        "window": "none",
+        "parameters": parameters(model),
+        "cache a token": f"{decoder_cache_bytes(model) / 1024:.1f} KiB",
+    }
+    show(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}",
+         {"study": name, "facts": facts})  # fmt: skip
+
+
+def refuse_memory(name: str, model: nn.Module) -> None:
+    if any(weight.device.type != "meta" for weight in model.parameters()):
+        raise ValueError(f"{name} isn't on the meta device")
 
 
 def counted(model: nn.Module, kept: float) -> dict[str, Any]:
@@ -85,8 +117,7 @@ def seeing_study(
     Raises:
         ValueError: the model holds memory.
     """
-    if any(weight.device.type != "meta" for weight in model.parameters()):
-        raise ValueError(f"{name} isn't on the meta device")
+    refuse_memory(name, model)
     names = [(part,) if isinstance(part, str) else part for part in (encoder, connector, language)]
     eyes, links, texts = ([model.get_submodule(path) for path in paths] for paths in names)
     counts = [sum(w.numel() for m in part for w in m.parameters()) for part in (eyes, links, texts)]
@@ -147,6 +178,11 @@ def positions(model: nn.Module) -> str:
     return f"RoPE {bases}{f', {kind}' if kind else ''}"
 
 
+def norm(model: nn.Module) -> str:
+    kinds = (type(module).__name__ for module in model.modules())
+    return next(kind for kind in kinds if kind.endswith("Norm"))
+
+
 def experts(model: nn.Module) -> str:
     config = model.config
     names = ("num_local_experts", "n_routed_experts", "num_experts")
@@ -196,6 +232,18 @@ def cache_bytes(model: nn.Module) -> float:
         layer.append(*new)
     assert cache.length == CONTEXT
     return cache.nbytes / CONTEXT
+
+
+@torch.no_grad()
+def decoder_cache_bytes(model: nn.Module) -> float:
+    """The same of a decoder that reads a memory, whose keys and values aren't in it."""
+    model = copy.deepcopy(model).bfloat16().eval()
+    cache = model.new_cache()
+    written = torch.zeros(1, CONTEXT, dtype=torch.long, device="meta")
+    memory = torch.empty(1, 1, model.config.hidden_size, dtype=torch.bfloat16, device="meta")
+    model.decode(written, memory, cache=cache)
+    own = [layer for layer in cache.layers if layer.length == CONTEXT]
+    return sum(layer.nbytes for layer in own) / CONTEXT
 
 
 def billions(count: int) -> str:

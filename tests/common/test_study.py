@@ -5,11 +5,19 @@ import json
 import pytest
 import torch
 
-from snippets.common.study import CONTEXT, cache_bytes, counted, seeing_study, study
+from snippets.common.study import (
+    CONTEXT,
+    cache_bytes,
+    counted,
+    seeing_study,
+    study,
+    two_stack_study,
+)
 from snippets.models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from snippets.models.gemma3 import Gemma3, Gemma3Config
 from snippets.models.gpt2 import GPT2, GPT2Config
 from snippets.models.mixtral import Mixtral, MixtralConfig
+from snippets.models.transformer import Transformer, TransformerConfig
 from snippets.multimodal.clip import CLIPVisionConfig
 from snippets.multimodal.llava import Llava, LlavaConfig, LlavaTextConfig
 from snippets.multimodal.vit import ViT, ViTConfig
@@ -42,6 +50,21 @@ def test_a_line_says_what_the_config_says(capsys):
         "activation silu, experts 2 of 8, window 9 in 4 of 4 layers, "
         f"parameters {total / 1e6:.0f}M, {active / 1e6:.0f}M active, cache a token 0.0 KiB\n"
     )
+
+
+def test_two_stacks(capsys):
+    config = TransformerConfig(**(SIZES | {"num_hidden_layers": 3}))
+    two_stack_study("Both", on_meta(Transformer, config))
+    layer = 4 * 240**2 + 2 * 240 * 4000 + 240 + 4000 + 2 * 2 * 240  # attention, network, norms
+    total = 100 * 240 + 3 * (2 * layer + 4 * 240**2 + 2 * 240)  # the decoder's second attention
+    assert total == sum(w.numel() for w in on_meta(Transformer, config).parameters())
+    assert capsys.readouterr().out == (
+        "Both: layers 3 + 3, width 240, heads 6 / 6, positions sinusoids, norm LayerNorm, "
+        f"activation relu, experts none, window none, parameters {total / 1e6:.0f}M, "
+        f"cache a token {2 * 2 * 3 * 240 / 1024:.1f} KiB\n"
+    )
+    with pytest.raises(ValueError, match="Both isn't on the meta device"):
+        two_stack_study("Both", Transformer(config))
 
 
 def test_the_cache_is_the_models_own():

@@ -144,7 +144,7 @@ assert layers
         '[Small &lt;1B&gt;](../models/m.md) | 2024 | 4 | 2 | <span class="fp-points">[a value](../topic/a.md) &amp; more; second</span> |  |'
         in text
     )
-    assert "| [Large](../models/m.md) | 2024 | 4 | 80 |  |  |" in text
+    assert "| [Large](../models/m.md) | 2024 | 4 | 80 | as above |  |" in text
     assert '| [Bare](../models/n.md) |  |  |  | <span class="fp-points">none</span> |  |' in text
     assert "[a value](topic/a.md)" in lesson.text("index.md")
     report = json.loads((lesson.root / "build/report.json").read_text())
