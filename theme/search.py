@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 import yaml
-from mkdocs.plugins import event_priority, get_plugin_logger
+from mkdocs.plugins import CombinedEvent, event_priority, get_plugin_logger
 
 from theme import assets, glossary
 
@@ -28,6 +28,9 @@ SOUGHT = re.compile(r"[A-Za-z]\w*_\w+|\b[A-Z]\w*[a-z]\w*|[a-z]\w{2,}(?=\()")
 NAME = re.compile(r"\b[A-Za-z]\w*(_|[A-Z][a-z])\w*")
 PART = re.compile(r"(?<=_)[A-Za-z]|(?<=[^\W_])[A-Z](?=[a-z])|(?<=[a-z])[A-Z]")
 SHORTEST = 3  # letters of a part
+BLOCK = re.compile(r"<pre\b.*?</pre>", re.DOTALL)
+SPAN = re.compile(r"</?span\b[^>]*>")
+EXCLUDED = re.compile(r'\s?data-search-\w+="[^"]+"')
 
 WORKER = "assets/search-worker.js"
 WORDS = "search.yml"
@@ -53,6 +56,23 @@ def on_files(files, config):
 
 def on_page_content(html, page, config, files):
     return OUTPUT.sub(r'<\1 data-search-exclude="" ', html)
+
+
+@event_priority(50)  # before the search plugin reads the page
+def plain_code(context, page, config, nav):
+    """Colours are no words, and most of what the plugin's parser would go through."""
+    context["coloured"] = page.content
+    page.content = BLOCK.sub(lambda block: SPAN.sub("", block[0]), page.content)
+    return context
+
+
+@event_priority(-50)
+def coloured_code(context, page, config, nav):
+    page.content = EXCLUDED.sub("", context.pop("coloured"))  # as the plugin does
+    return context
+
+
+on_page_context = CombinedEvent(plain_code, coloured_code)
 
 
 @event_priority(-50)  # after the index is written, before `offline` copies it
