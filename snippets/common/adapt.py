@@ -375,8 +375,7 @@ def install(
     if both := sorted(whole.keys() & layers.keys()):
         raise ValueError(f"{', '.join(both)}: adapted and trained whole at once")
     for path, module in whole.items():
-        is_table = path.rpartition(".")[2] in TABLES
-        retrained = Retrained(module, name=name, is_table=is_table)
+        retrained = Retrained(module, name=name, is_table=matches(path, TABLES))
         put(model, path, retrained.train(model.training))
     for path, layer in layers.items():
         layer.trained_bias = bias
@@ -471,7 +470,7 @@ def reads_table_as_head(model: nn.Module) -> bool:
     """Whether the head is tied, and no module of its own."""
     configs = [getattr(module, "config", None) for module in model.modules()]
     tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
-    return tied and not any(path.rpartition(".")[2] in HEADS for path, _ in slots(model))
+    return tied and not any(matches(path, HEADS) for path, _ in slots(model))
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:

@@ -8,6 +8,11 @@ from snippets.common.model_shape import problem, shape_of
 from tests.small_models import GOOD, GROUPED, MODELS, SIZES, built
 
 
+def test_windows_of_a_mixture_are_in_all_layers_whatever_the_file_says():
+    _, config = built("Qwen3 MoE, windows")
+    assert shape_of(config | {"max_window_layers": 3}).windowed_layers == 5
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_windows_and_experts_are_in_as_many_layers_as_the_model_has(name):
     model, config = built(name)

@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import expect
@@ -240,3 +241,13 @@ def test_words_with_digits_keep_their_nodes_apart(browser, site):
     )
     context.close()
     assert texts[0] != texts[1]
+
+
+def test_the_plugin_reads_code_without_its_colours_and_the_page_keeps_them():
+    whole = '<p><span data-search-exclude="x">a</span></p><pre><code><span>b</span></code></pre>'
+    page, context = SimpleNamespace(content=whole), {}
+    search.plain_code(context, page, None, None)
+    assert page.content == whole.replace("<span>b</span>", "b")
+    search.coloured_code(context, page, None, None)
+    assert page.content == whole.replace(' data-search-exclude="x"', "")
+    assert context == {}
