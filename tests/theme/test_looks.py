@@ -2,11 +2,12 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.browser import Zipped, served, watched
+from tests.browser import Quiet, Zipped, served, watched
 from theme import figures, tables
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,30 @@ def test_no_page_is_heavy(loaded):
 def test_nothing_moves_while_a_page_loads(loaded):
     moved = {(page, size): shifts for (_, size), (page, _, shifts) in loaded.items() if shifts}
     assert not moved
+
+
+class Slow(Quiet):
+    """Sends a page's first table in two parts."""
+
+    def copyfile(self, source, outputfile):
+        data = source.read()
+        cut = data.find(b"</tr>", data.find(b"<tbody")) if b"<tbody" in data else len(data)
+        outputfile.write(data[:cut])
+        outputfile.flush()
+        time.sleep(0.5)
+        outputfile.write(data[cut:])
+
+
+def test_a_table_that_comes_in_parts_doesnt_move(browser, site):
+    """It is shown when it is whole, as every table that something follows."""
+    with served(site, Slow) as base:
+        for width, height in SIZES.values():
+            tab = browser.new_page(viewport={"width": width, "height": height})
+            tab.add_init_script(WATCH)
+            tab.goto(base + "models/index.html", wait_until="networkidle")
+            assert tab.locator(".md-typeset__scrollwrap").first.is_visible()
+            assert tab.evaluate("moved") == []
+            tab.close()
 
 
 def test_a_move_would_be_seen(browser, tmp_path):
