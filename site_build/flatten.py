@@ -6,6 +6,7 @@ spells each name as it is in the one file. What can't be done rightly is refused
 """
 
 import ast
+import copy
 import inspect
 import itertools
 import re
@@ -13,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from .source import WIDTH, FlattenError, Source, plain
@@ -94,19 +96,25 @@ class Meaning:
 class Module(Source):
     """One module of the project, its names resolved."""
 
-    def __init__(self, root: Path, path: str):
-        super().__init__(path, plain(path, (root / path).read_text("utf-8")))
+    def __init__(self, root: Path, path: str, text: str):
+        super().__init__(path, plain(path, text))
         self.root, self.package = root, path.split("/")[0]
         self.top = Scope(ast.Module)
         self.uses: list[Use] = []
         self.imports: list[Imported] = []
         nodes = list(ast.walk(self.tree))
         self.parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+        kinds = [getattr(node, key, None) for node in nodes for key in ("annotation", "returns")]
+        self.annotations = [annotation for annotation in kinds if annotation is not None]
         self.heads = {s for s in self.tree.body if isinstance(s, IMPORTS)}  # to be moved
         has_docstring = ast.get_docstring(self.tree) is not None
         self.docstring = self.tree.body[0] if has_docstring else None
         self.walk(self.tree.body, self.top)
         self.check_imports()
+        self.found = [(use, use.scope.find(use.name)) for use in self.uses]
+        self.imported = {(one.scope, one.name): one for one in self.imports if one.inside}
+        for scope, name in self.imported:
+            del scope.binds[name]  # not bound any more in the one file
 
     def walk(self, nodes: Iterable[ast.AST], scope: Scope) -> None:
         for node in nodes:
@@ -199,6 +207,23 @@ class Module(Source):
     def is_package(self, name: str) -> bool:
         return (self.root / name.replace(".", "/")).is_dir()
 
+    def to_edit(self) -> "Module":
+        """The same, its text as it was read."""
+        other = copy.copy(self)
+        other.edits = []
+        return other
+
+
+# A site has a file for each module, and many of them hold the same blocks.
+read_module = lru_cache(512)(Module)
+
+
+@lru_cache(64)
+def holds_code(text: str) -> bool:
+    """More than a docstring."""
+    body = ast.parse(text).body
+    return not all(isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) for s in body)
+
 
 # Inlining
 
@@ -223,7 +248,8 @@ class Bundle:
             circle = " imports ".join([*chain[chain.index(path) :], path])
             raise FlattenError(f"a circle of imports: {circle}")
         if path not in self.modules:
-            module = Module(self.root, path)
+            text = (self.root / path).read_text("utf-8")
+            module = read_module(self.root, path, text).to_edit()
             for one in module.imports:
                 if one.inside and (needed := self.needed(module, one)):
                     self.load(needed, [*chain, path])
@@ -234,8 +260,7 @@ class Bundle:
         parts = one.source.split(".")
         for k in range(1, len(parts) + 1):
             init = self.root.joinpath(*parts[:k], "__init__.py")
-            body = ast.parse(init.read_text("utf-8")).body if init.is_file() else []
-            if not all(isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) for s in body):
+            if init.is_file() and holds_code(init.read_text("utf-8")):
                 name = init.relative_to(self.root).as_posix()
                 module.refuse(one.statement, f"{name} holds code: import from modules only")
         names = [one.source, one.source.rpartition(".")[0]]
@@ -250,10 +275,8 @@ class Bundle:
 
     def resolve(self, module: Module) -> None:
         """Find what each name means that the one file may spell otherwise."""
-        imported = {(one.scope, one.name): one for one in module.imports if one.inside}
-        for use in module.uses:
-            scope = use.scope.find(use.name)
-            if one := imported.get((scope, use.name)):
+        for use, scope in module.found:
+            if one := module.imported.get((scope, use.name)):
                 node, meaning = self.follow(module, use, one)
                 self.spellings.append((module, use, node, meaning))
             elif scope is module.top:
@@ -261,8 +284,6 @@ class Bundle:
                 self.spellings.append((module, use, use.node, meaning))
             elif scope is None:
                 self.builtins[use.name] = module.path
-        for scope, name in imported:
-            del scope.binds[name]  # not bound any more in the one file
 
     def follow(self, module: Module, use: Use, one: Imported) -> tuple[ast.AST, Meaning]:
         """From the use of an import to `module.object`, and what that is."""
@@ -401,11 +422,8 @@ class Bundle:
 
     def spell_strings(self, module: Module, names: dict[str, str]) -> None:
         """Forward references are names too."""
-        nodes = ast.walk(module.tree)
-        for annotation in [
-            getattr(n, key, None) for n in nodes for key in ("annotation", "returns")
-        ]:
-            if annotation is None or "Literal" in module.segment(annotation):
+        for annotation in module.annotations:
+            if "Literal" in module.segment(annotation):
                 continue
             for part in ast.walk(annotation):
                 if isinstance(part, ast.Constant) and isinstance(part.value, str):

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import posixpath
 import re
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from .pages import FENCE, Cell, Page
@@ -180,17 +180,22 @@ def packages_of(page: Page, entry: dict, site, makers: list[str]) -> dict[str, s
     needed = (named_in_imports(codes, site) | oracles) & entry["versions"].keys()
     made = [text for maker in makers for text in sources_of(maker, site).values()]
     needed = sorted((needed | named_in_imports(made, site)) - NOT_OURS)
-    return {name: importlib.metadata.version(name).partition("+")[0] for name in needed}
+    versions = [entry["versions"].get(name) or importlib.metadata.version(name) for name in needed]
+    return {name: version.partition("+")[0] for name, version in zip(needed, versions, strict=True)}
 
 
 def named_in_imports(codes: list[str], site) -> set[str]:
     """The distributions that these import, without the project's own."""
-    names = set()
-    for code in codes:
-        for line in re.findall(r"^\s*(?:from\s+(\w+)|import\s+([\w., ]+))", code, re.MULTILINE):
-            names |= {re.split(r"[. ]", name.strip())[0] for name in "".join(line).split(",")}
+    names = {name for code in codes for name in imported_by(code)}
     names = {name for name in names if not (site.root / name).is_dir()}
     return {distribution for name in names for distribution in top_level().get(name, [])}
+
+
+@lru_cache(1024)  # a module is used by many pages
+def imported_by(code: str) -> frozenset[str]:
+    lines = re.findall(r"^\s*(?:from\s+(\w+)|import\s+([\w., ]+))", code, re.MULTILINE)
+    names = [name.strip() for line in lines for name in "".join(line).split(",")]
+    return frozenset(re.split(r"[. ]", name)[0] for name in names)
 
 
 class Prose:

@@ -7,6 +7,7 @@ host of the repository reads too.
 import ast
 import re
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -64,8 +65,13 @@ def facts(root: Path, engine, files) -> dict[str, str]:
 
 def count_tests(root: Path) -> int:
     """Test functions; one with many parameters counts once."""
-    trees = [ast.parse(path.read_text("utf-8")) for path in (root / "tests").rglob("test_*.py")]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
+    texts = [path.read_text("utf-8") for path in (root / "tests").rglob("test_*.py")]
+    return sum(map(tests_in, texts))
+
+
+@lru_cache(1024)
+def tests_in(text: str) -> int:
+    nodes = ast.walk(ast.parse(text))
     return sum(isinstance(n, ast.FunctionDef) and n.name.startswith("test_") for n in nodes)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mkdocs.plugins import get_plugin_logger
+from mkdocs.plugins import event_priority, get_plugin_logger
 
 from site_build.options import read_mkdocs_yml
 from site_build.pages import FENCE
@@ -148,10 +148,19 @@ def fence(source, language, css_class, options, md, **kwargs) -> str:
     return f'<p class="diagram" data-name="{name_of(source)}">{html.escape(words)}</p>'
 
 
+class Pages:
+    folder: Path  # of the sources
+
+
+@event_priority(100)  # before the engine puts the folder of what it made there
+def on_config(config):
+    Pages.folder = Path(config.docs_dir)
+
+
 def on_post_page(output: str, page, config) -> str:
     if not MARK.search(output):
         return output
-    folder, *_ = read_mkdocs_yml(Path(config.config_file_path))
+    folder = Pages.folder
     stem = page.file.src_uri.rpartition(".")[0]
     paths = [path for path in folder.glob(f"{stem}.*") if path.suffix in (".md", ".ipynb")]
     found = {

@@ -38,8 +38,9 @@ def project(tmp_path, monkeypatch):
                 src_uri = "topic/page.md"
 
         class Config:
-            config_file_path = str(tmp_path / "mkdocs.yml")
+            docs_dir = str(tmp_path / "pages")
 
+        diagrams.on_config(Config)
         return diagrams.on_post_page(to_html(text), Page, Config)
 
     build.kept = tmp_path / "pages" / diagrams.FOLDER
