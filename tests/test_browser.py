@@ -63,6 +63,9 @@ PLACES = """() => {
   }
   window.places = [...places.values()].flat()
 }"""
+# A table is hidden until what follows it has come; were that taken away, it would stay so.
+UNSEEN = """[...document.querySelectorAll(".fp-table")]
+  .filter(table => getComputedStyle(table).visibility === "hidden").length"""
 RUN_AXE = """async ([rules, without, coloured]) => {
   const options = {
     runOnly: rules,
@@ -123,6 +126,8 @@ def look(
             wide = tab.evaluate("document.documentElement.scrollWidth")
             if wide > width:
                 troubles.append(f"{name}: scrolls sideways by {wide - width} px, {size}")
+            if unseen := tab.evaluate(UNSEEN):
+                troubles.append(f"{name}: {unseen} tables stay hidden, {size}")
             tab.screenshot(path=shots / picture(name, size, scheme), quality=80)
             rules = NARROW if size == "phone" and folder in folders else RULES
             runs = [(rules, COLOURS, False)] if scheme == "light" else []
@@ -191,6 +196,7 @@ def test_the_look_sees_what_is_wrong(browser, tmp_path):
         "scrolls sideways": "<div style='width:2000px'>wide</div>",
         "axe image-alt": "<img src=data:,>",
         "axe color-contrast": "<p style='color:#bbb'>pale</p>",
+        "1 tables stay hidden": "<table class=fp-table style='visibility:hidden'></table>",
         "colour scheme": "<p>no theme</p>",
     }
     for number, body in enumerate(wrong.values()):

@@ -212,6 +212,17 @@ def test_one_file_does_the_same(parts, case):
     assert alone["__doc__"] == "The target."
 
 
+def test_files_that_hold_the_same_module_leave_it_as_it_is(parts):
+    """It is read once for all of them, under names that one changes; an edit of it is seen."""
+    parts("clash", CASES["its own Config and _split"][0])
+    parts("plain", CASES["from module import name"][0])
+    once = [flatten(parts.root, f"parts/{name}.py") for name in ("clash", "plain")]
+    assert "rope_Config" in once[0] and "rope_" not in once[1]
+    assert [flatten(parts.root, f"parts/{name}.py") for name in ("clash", "plain")] == once
+    parts("rope", ROPE.replace("x + 1", "x + 2"))
+    assert flatten(parts.root, "parts/plain.py") == once[1].replace("x + 1", "x + 2") != once[1]
+
+
 @pytest.mark.parametrize("case", ["a diamond", "imports merged", "its own Config and _split"])
 def test_it_reads_well(parts, case):
     parts("target", f'"""The target."""\n\n{CASES[case][0]}')
