@@ -1,21 +1,23 @@
-"""Every link and anchor of the built site, followed by linkchecker over a local server."""
+"""Every link of the built site, followed by linkchecker over a local server, and every anchor."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urljoin
 
 from tests.browser import served
 
-# linkchecker reads a page again for each anchor that leads to it. So those within a page are
-# compared here, and it gets pages without the colours of code and the glyphs of formulas, which
-# are nine tenths of them and link nowhere: seconds for minutes.
+# linkchecker reads a page again for each anchor that leads to it. So anchors are compared here,
+# and it gets links without them, and pages without the colours of code and the glyphs of
+# formulas, which are nine tenths of them and link nowhere: seconds for minutes.
 NO_LINKS = re.compile(
     r"<math.*?</math>|<span(?![^>]*\sid=)[^>]*>|</span>|<script>.*?</script>", re.S
 )
-WITHIN = re.compile(r'\bhref="#([^"]+)"')
+ANCHORED = re.compile(r'\bhref="([^"#]*)#([^"]+)"')
+ID = re.compile(r'\bid="([^"]+)"')
+HERE = "http://here/"
 CONFIG = """\
-[AnchorCheck]
 [checking]
 maxrequestspersecond=1000
 [filtering]
@@ -27,10 +29,10 @@ status=0
 
 
 def check(site: Path, folder: Path) -> list[str]:
-    """What leads nowhere: linkchecker's lines, with its warnings of anchors, and ours."""
+    """What leads nowhere: linkchecker's lines, with its warnings, and our anchors."""
     light, config = folder / "light", folder / "linkcheckerrc"
     config.write_text(CONFIG)
-    found = []
+    ids, anchors = {}, set()
     for path in sorted(p for p in site.rglob("*") if p.is_file()):
         copy = light / path.relative_to(site)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -38,9 +40,15 @@ def check(site: Path, folder: Path) -> list[str]:
             copy.symlink_to(path)
             continue
         page = NO_LINKS.sub("", path.read_text("utf-8"))
-        copy.write_text(WITHIN.sub("", page))
-        missing = set(WITHIN.findall(page)) - set(re.findall(r'\bid="([^"]+)"', page))
-        found += [f"{path.relative_to(site)}#{anchor}" for anchor in sorted(missing)]
+        here = urljoin(HERE, path.relative_to(site).as_posix())
+        ids[here] = {*ID.findall(page)}
+        anchors |= {(here, *link) for link in ANCHORED.findall(page)}
+        copy.write_text(ANCHORED.sub(r'href="\1"', page))
+    found = []
+    for here, address, anchor in sorted(anchors):
+        there = urljoin(here, address)
+        if there.startswith(HERE) and anchor not in ids.get(there, ()):
+            found.append(f"{here.removeprefix(HERE)}: {address}#{anchor}")
     with served(light) as base:
         pages = [base + p.relative_to(light).as_posix() for p in sorted(light.rglob("*.html"))]
         command = [sys.executable, "-m", "linkcheck", "-f", str(config), *pages]
