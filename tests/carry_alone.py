@@ -70,17 +70,23 @@ def lowered(value):
     return value.bfloat16() if is_float else value
 
 
-def run(module, example, way: str, known: dict[int, list]) -> list:
-    """The outputs of an example's calls; for one that fails, the error's type."""
+def run(module, example, way: str, plain: list | None = None, skip: set[int] = frozenset()) -> list:
+    """The outputs of an example's calls; for one that fails, the error's type.
+
+    With `plain`, what the calls give not compiled, each function is compiled for its first call,
+    whose tracing takes most of the time of all this; other calls, and `skip`, get the plain.
+    """
     torch.manual_seed(0)
-    results = []
+    results, traced = [], set()
     for position, (function, *inputs) in enumerate(example(module)):
-        if position in known:
-            results.append(known[position])
+        code = getattr(function, "__code__", type(function))
+        if plain and (position in skip or code in traced):
+            results.append(plain[position])
             continue
+        traced.add(code)
         if way == "bfloat16":
             function, *inputs = map(lowered, [function, *inputs])
-        elif way != "float32":
+        elif plain:
             torch.compiler.reset()
             function = torch.compile(function, fullgraph=True, backend=way)
         try:
@@ -93,10 +99,10 @@ def run(module, example, way: str, known: dict[int, list]) -> list:
     return results
 
 
-def settled(beside: dict, plain: list) -> dict[int, list]:
-    """Of the calls that gave the same in both ways there, what they gave here, by position."""
+def settled(beside: dict) -> set[int]:
+    """Positions of the calls that gave the same in both ways there."""
     pairs = enumerate(zip(beside["float32"], beside["eager"], strict=True))
-    return {position: plain[position] for position, (once, again) in pairs if same(once, again)}
+    return {position for position, (once, again) in pairs if same(once, again)}
 
 
 def main(source: str, target: str, beside: str | None = None) -> None:
@@ -123,9 +129,10 @@ def main(source: str, target: str, beside: str | None = None) -> None:
             ways.append("inductor")
         found = results[name] = {}
         for way in ways:
+            plain = found["float32"] if way in ("eager", "inductor") else None
             other = there.get(name) if way == "eager" else None
-            known = settled(other, found["float32"]) if isinstance(other, dict) else {}
-            found[way] = run(module, examples.example(name), way, known)
+            skip = settled(other) if isinstance(other, dict) else set()
+            found[way] = run(module, examples.example(name), way, plain, skip)
     torch.save(results, target)
 
 

@@ -61,19 +61,23 @@ PLACES = """() => {
     if (!places.has(key)) places.set(key, [])
     if (places.get(key).length < 3) places.get(key).push(box)
   }
-  window.places = [...places.values()].flat()
+  for (const box of [...places.values()].flat()) box.dataset.place = ""
 }"""
 # A table is hidden until what follows it has come; were that taken away, it would stay so.
 UNSEEN = """[...document.querySelectorAll(".fp-table")]
   .filter(table => getComputedStyle(table).visibility === "hidden").length"""
-RUN_AXE = """async ([rules, without, coloured]) => {
+# All rules in one run, whose first half goes into reading the page, whatever it then looks at.
+RUN_AXE = """async ([rules, without]) => {
+  axe.configure({ rules: [
+    { id: "color-contrast", selector: "[data-place]" },
+    { id: "link-in-text-block", selector: "a[href][data-place]" },
+  ] })
   const options = {
     runOnly: rules,
     rules: Object.fromEntries(without.map(rule => [rule, { enabled: false }])),
     resultTypes: ["violations"],
   }
-  const where = { exclude: [".katex"], ...(coloured && { include: window.places }) }
-  const { violations } = await axe.run(where, options)
+  const { violations } = await axe.run({ exclude: [".katex"] }, options)
   return violations.map(v => [v.id, v.nodes.map(n => n.target.join(" ")).slice(0, 3)])
 }"""
 
@@ -129,16 +133,17 @@ def look(
             if unseen := tab.evaluate(UNSEEN):
                 troubles.append(f"{name}: {unseen} tables stay hidden, {size}")
             tab.screenshot(path=shots / picture(name, size, scheme), quality=80)
-            rules = NARROW if size == "phone" and folder in folders else RULES
-            runs = [(rules, COLOURS, False)] if scheme == "light" else []
-            if size == "desktop":  # a phone has a desk's colours, the dark the light's boxes
+            # A phone has a desk's colours, the dark the light's boxes.
+            run = None
+            if size == "desktop":
                 tab.evaluate(AXE)
                 tab.evaluate(THIN)
                 tab.evaluate(PLACES)
-                runs.append((COLOURS, [], True))
-            for run in runs:
-                found = tab.evaluate(RUN_AXE, run)
-                troubles += [f"{name}: axe {rule}: {places}" for rule, places in found]
+                run = (RULES, []) if scheme == "light" else (COLOURS, [])
+            elif scheme == "light":
+                run = (NARROW if folder in folders else RULES, COLOURS)
+            found = tab.evaluate(RUN_AXE, run) if run else []
+            troubles += [f"{name}: axe {rule}: {places}" for rule, places in found]
         folders.add(folder)
         shown = tab.evaluate("document.body.getAttribute('data-md-color-scheme')")
         if shown != SCHEMES[scheme]:
