@@ -20,13 +20,16 @@ theme: {{name: material, font: false}}
 plugins:
   - search
   - forward-pass: {options}
-  - mkdocs-jupyter: {{include: ["**/*.ipynb"], ignore: ["carry/*.ipynb", "carry/*/*.ipynb"], execute: false}}
 markdown_extensions:
   - attr_list
   - admonition
   - pymdownx.details
   - pymdownx.superfences
   - pymdownx.tabbed: {{alternate_style: true}}
+"""
+# Not in every project: it takes half a second to import.
+JUPYTER = """\
+  - mkdocs-jupyter: {include: ["**/*.ipynb"], ignore: ["carry/*.ipynb", "carry/*/*.ipynb"], execute: false}
 """
 PAGE = """\
 # A page

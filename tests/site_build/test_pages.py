@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from site_build.figures import with_palette
 from site_build.pages import SourceError, read_markdown, read_notebook
 from site_build.render import png_size
+from tests.site_build.conftest import JUPYTER
 
 NESTED = """\
 # Page
@@ -279,18 +280,16 @@ def test_a_notebook_in_the_classic_look(quick, look):
         ("code", "import math\nprint(6 * 7)\nassert math.pi"),
     ]
     quick.write("site_src/n.ipynb", notebook(*cells))
+    quick.edit("mkdocs.yml", "markdown_extensions", JUPYTER + "markdown_extensions")
     if look == "site":
         quick.edit("mkdocs.yml", '"workers"', '"notebooks": "classic", "workers"')
     code, output = quick.mkdocs("build")
     assert code == 0, output
     classic = quick.site()["n/index.html"].decode()
     assert "jp-OutputArea" in classic and ">42\n" in classic
-    quick.edit(
-        "mkdocs.yml",
-        '"notebooks": "classic", ' if look == "site" else "{include",
-        "" if look == "site" else "{include",
-    )
-    if look == "page":
+    if look == "site":
+        quick.edit("mkdocs.yml", '"notebooks": "classic", ', "")
+    else:
         quick.edit("site_src/n.ipynb", "notebook: classic\\n", "")
     code, output = quick.mkdocs("build")
     assert code == 0, output
