@@ -24,7 +24,7 @@ class Options:
     preload: list = dataclasses.field(default_factory=lambda: ["torch", "matplotlib.pyplot"])
     # Modules whose `prepare(root)` makes files that pages read; quick when they are there.
     prepare: list = dataclasses.field(default_factory=list)
-    cpu_seconds: float = 10.0  # a page's budget, unless its metadata says otherwise
+    cpu_seconds: float = 20.0  # a page's budget, unless its metadata says otherwise
     study_cpu_seconds: float = 120.0  # the same for pages marked `study`
     notebooks: str = "native"  # or classic: executed notebooks go to mkdocs-jupyter
     site_url: str = ""  # these two are MkDocs' own, from the top of mkdocs.yml

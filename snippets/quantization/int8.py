@@ -95,13 +95,16 @@ def int8_matmul(a: Int8[Tensor, "n d"], b: Int8[Tensor, "o d"]) -> Int[Tensor, "
     """a b^T, exact: products of int8 added up in int32.
 
     In int8 the sums would wrap around, in float32 they round from 2^24 on, which 1,041
-    products of 127 exceed. On GPUs torch wants n above 16, and d and o divisible by 8.
+    products of 127 exceed; float64 holds every one. On GPUs torch wants n above 16, and d and
+    o divisible by 8.
 
     Raises:
         ValueError: rows of other lengths, or so long that int32 could overflow.
     """
     if a.shape[1] != b.shape[1] or a.shape[1] > LONGEST:
         raise ValueError(f"rows of {a.shape[1]} and {b.shape[1]}, at most {LONGEST}")
+    if a.is_cpu:  # where _int_mm is a plain loop, unless the processor has int8 dot products
+        return (a.double() @ b.double().T).int()
     return torch._int_mm(a, b.T)
 
 

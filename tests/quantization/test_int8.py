@@ -199,9 +199,18 @@ def test_products_are_exact(n, d, o):
     assert sums.dtype == torch.int32
     assert torch.equal(sums.double(), a.double() @ b.double().T)
     assert torch.equal(sums, B.int8_linear_matmul(a, b))
+    assert torch.equal(sums, torch._int_mm(a, b.T))  # what other devices run
     rows, columns = torch.rand(n, 1), torch.rand(o, 1)
     expected = absmax_dequantize(a, rows).double() @ absmax_dequantize(b, columns).double().T
     assert_close(rescale(sums, rows, columns).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_other_devices_get_torchs_product_of_integers(monkeypatch):
+    a, b = (torch.ones(k, 8, dtype=torch.int8, device="meta") for k in (3, 5))
+    sums, calls = torch.empty(3, 5, dtype=torch.int32, device="meta"), []
+    monkeypatch.setattr(torch, "_int_mm", lambda *given: calls.append(given) or sums)
+    assert int8_matmul(a, b) is sums
+    assert calls[0][0] is a and calls[0][1].shape == (8, 5)
 
 
 def test_the_longest_row_fits_into_int32():
