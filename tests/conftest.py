@@ -1,5 +1,6 @@
 """Shared by all tests: shapes of `snippets` are checked while they run."""
 
+import gc
 import json
 import os
 import subprocess
@@ -20,6 +21,16 @@ install_import_hook("snippets", "beartype.beartype")
 
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_finish(session):
+    """What collection imported stays until the end; the collector needn't visit it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()
 
 
 def shared(tmp_path_factory, worker_id: str) -> Path:
