@@ -213,6 +213,15 @@ def test_other_devices_get_torchs_product_of_integers(monkeypatch):
     assert calls[0][0] is a and calls[0][1].shape == (8, 5)
 
 
+def test_sums_are_exact_where_float32_rounds():
+    a = torch.full((2, 4001), 127, dtype=torch.int8)
+    b = torch.full((3, 4001), 127, dtype=torch.int8)
+    b[:, ::2] = 126
+    expected = 127 * (127 * 2000 + 126 * 2001)
+    assert torch.tensor(expected, dtype=torch.float32).item() != expected
+    assert torch.equal(int8_matmul(a, b), torch.full((2, 3), expected, dtype=torch.int32))
+
+
 def test_the_longest_row_fits_into_int32():
     assert int8.LONGEST * 128**2 < 2**31 <= (int8.LONGEST + 1) * 128**2
     a = torch.full((1, int8.LONGEST), -128, dtype=torch.int8)
