@@ -1,5 +1,11 @@
-"""What readers carry away: each module as one file, each page as a notebook."""
+"""What readers carry away: each module as one file, each page as a notebook.
 
+Notebooks of studies run for their first seconds only, since what comes then is known: their cells
+are the page's, which the build ran, and their modules the project's but for annotations. With
+WHOLE_NOTEBOOKS=1 in the environment they run to their end.
+"""
+
+import ast
 import json
 import os
 import re
@@ -7,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import nbformat
 import pytest
 import torch
@@ -153,6 +160,16 @@ sys.path[:] = [p for p in sys.path if not os.path.isdir(os.path.join(p or ".", "
 os.environ.pop("PYTHONPATH", None)
 """
 WHERE = "import snippets\nprint('snippets from', snippets.__path__[0])"
+# Raised between two steps of Python, again and again where a cell catches it.
+ENOUGH = """
+import signal
+class Enough(Exception):
+    pass
+def enough(*_):
+    raise Enough
+signal.signal(signal.SIGPROF, enough)
+signal.setitimer(signal.ITIMER_PROF, 6, 1)  # seconds of this process
+"""
 # Big packages that many pages import, loaded once for all of them.
 PRELOAD = ["torch", "matplotlib.pyplot", "jaxtyping", "transformers", "peft"]
 PRELOAD += ["transformers.models.llama.modeling_llama"]
@@ -181,18 +198,57 @@ def published(source: str, site: Path, empty: Path) -> list[str]:
     return codes
 
 
-def refuse_leftovers(first: str, last: str, codes: list[str], empty: Path) -> None:
+def refuse_leftovers(first: str, where: str, codes: list[str], empty: Path) -> None:
     assert first == "", "all is installed, and nothing is missing"
     if "from snippets" in "".join(codes[1:]):
-        assert last == f"snippets from {empty}/snippets\n"
+        assert where == f"snippets from {empty}/snippets\n"
     written = {p.relative_to(empty).as_posix() for p in empty.rglob("*.py")}
     assert not [p for p in written if "jaxtyping" in (empty / p).read_text().split("import")]
 
 
+def imports(codes: list[str]) -> str:
+    """All that the cells import, those of functions too."""
+    nodes = [node for code in codes for node in ast.walk(ast.parse(code))]
+    wanted = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "\n".join(sorted({ast.unparse(node) for node in wanted}))
+
+
+class Bare(ast.NodeTransformer):
+    """Takes annotations and imports out; of an alias, `Float[Tensor, "b t"]`, it leaves Tensor."""
+
+    def visit_FunctionDef(self, node):
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_arg(self, node):
+        return ast.arg(node.arg)
+
+    def visit_AnnAssign(self, node):
+        node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
+
+    def visit_Import(self, node):
+        return None
+
+    visit_ImportFrom = visit_Import
+
+    def visit_Subscript(self, node):
+        pair = isinstance(node.value, ast.Name) and isinstance(node.slice, ast.Tuple)
+        shaped = pair and hasattr(jaxtyping, node.value.id)
+        return node.slice.elts[0] if shaped else self.generic_visit(node)
+
+
+def bare(code: str) -> str:
+    return ast.dump(Bare().visit(ast.parse(code)))
+
+
 @pytest.mark.parametrize("number, source", enumerate(EXECUTED), ids=EXECUTED)
-def test_the_notebook_runs_in_an_empty_folder(number, source, site, tmp_path, forks):
+def test_the_notebook_runs_in_an_empty_folder(number, source, site, report, tmp_path, forks):
     empty = tmp_path / "empty"
     codes = published(source, site, empty)
+    study = read_page(ROOT / "site_src", source).meta.get("study")
+    cut = study and not os.environ.get("WHOLE_NOTEBOOKS")
+    first, *cells = codes
     job = {
         "id": number,
         "page": source,
@@ -200,13 +256,21 @@ def test_the_notebook_runs_in_an_empty_folder(number, source, site, tmp_path, fo
         "ignore": [],
         "threads": 1,
         "timeout": 800,
-        "cells": [LEAVE, *codes, WHERE],
+        "cells": [LEAVE, first, WHERE, imports(cells), ENOUGH if cut else "", *cells],
     }
     done = forks.submit(job).result()
     assert "died" not in done, done
-    assert done["record"]["error"] is None, done["record"]["error"]
-    first, last = ("".join(o.get("text", "") for o in done["outputs"][at]) for at in (1, -1))
-    refuse_leftovers(first, last, codes, empty)
+    ended = done["record"]["error"]
+    assert ended is None or (cut and ended["message"].startswith("Enough")), ended
+    said, where = ("".join(o.get("text", "") for o in done["outputs"][at]) for at in (1, 2))
+    refuse_leftovers(said, where, codes, empty)
+    (about,) = [page for page in report["pages"] if page["source"] == source]
+    used = [name for name in about["files"] if not name.startswith("site_build/")]
+    for name in used:
+        assert (empty / name).exists(), f"the page used {name}"
+        if name.endswith(".py"):
+            ours, theirs = ((at / name).read_text() for at in (ROOT, empty))
+            assert bare(ours) == bare(theirs), name
 
 
 @pytest.mark.parametrize("source", IN_A_KERNEL)

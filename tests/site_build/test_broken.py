@@ -70,12 +70,12 @@ def test_a_timeout(project):
 
 
 def test_over_the_budget_of_cpu_seconds(project):
-    work = "import time\nend = time.process_time() + 1\nwhile time.process_time() < end: pass\n"
-    project.page("a.md", work + GOOD, meta="cpu_seconds: 0.5")
+    work = "import time\nend = time.process_time() + 2\nwhile time.process_time() < end: pass\n"
+    project.page("a.md", work + GOOD, meta="cpu_seconds: 1.5")  # the wall-clock limit is 15 s
     project.page("study.md", work + GOOD, meta="study: true")
-    project.options |= {"cpu_seconds": 0.5, "study_cpu_seconds": 60}
+    project.options |= {"cpu_seconds": 1.5, "study_cpu_seconds": 60}
     (problem,) = project.problems()
-    assert problem.startswith("a.md: 1.") and "over its budget of 0.5" in problem
+    assert problem.startswith("a.md: 2.") and "over its budget of 1.5" in problem
 
 
 def test_a_page_that_asserts_nothing(project):
