@@ -38,8 +38,6 @@ THIN = """() => {
     formula.replaceChildren(box)
   })
 }"""
-# A quarter of what axe reads, and the same on all pages of a folder.
-WITHOUT_NAVIGATION = "document.querySelector('.md-sidebar--primary')?.remove()"
 # For colours, three places of each look (the text's own, that of all it stands on, and of links
 # that of the text around them too), since axe doesn't judge what something else covers.
 PLACES = """() => {
@@ -140,8 +138,6 @@ def look(
             if size == "desktop":
                 tab.evaluate(AXE)
                 tab.evaluate(THIN)
-                if folder in folders:
-                    tab.evaluate(WITHOUT_NAVIGATION)
                 tab.evaluate(PLACES)
                 run = (RULES, []) if scheme == "light" else (COLOURS, [])
             elif scheme == "light":
